@@ -1,0 +1,202 @@
+"""What a run is: frozen dataclasses, checked once when they are made.
+
+Every command-line flag, its default, its bounds and its help text is a field here and nowhere else;
+``cli.py`` turns the fields into flags and ``train --config`` reads them from JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_ray.errors import ConfigError
+
+MAX_SEED = 2**32 - 1
+
+
+def option(default: Any, help: str, **rules: Any) -> Any:
+    """A dataclass field with what its flag needs.
+
+    rules: ``flag`` (name, when not the field's), ``kind`` (int, float, str or bool; the default's type
+    otherwise), ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive), ``choices``, ``metavar``,
+    ``resume`` ("free": may change between the stop and the resume of a run).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The field's flag without dashes in front, for example ``batch-size``."""
+    return field.metadata.get("flag", field.name.replace("_", "-"))
+
+
+def kind_of(field: dataclasses.Field) -> type:
+    """int, float, str or bool."""
+    return field.metadata.get("kind") or type(field.default)
+
+
+def check_value(field: dataclasses.Field, value: Any) -> Any:
+    """The value in its field's type, or ConfigError with what is allowed."""
+    if value is None and field.default is None:
+        return None
+    rules, kind, name = field.metadata, kind_of(field), f"--{flag_of(field)}"
+    if kind is bool and not isinstance(value, bool):
+        raise ConfigError(f"{name} is true or false, not {value!r}")
+    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ConfigError(f"{name} is a whole number, not {value!r}")
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"{name} is a finite number, not {value!r}")
+        value = float(value)
+    if kind is str:
+        if not isinstance(value, (str, int, Path)) or isinstance(value, bool) or str(value) == "":
+            raise ConfigError(f"{name} is a text that is not empty, not {value!r}")
+        value = str(value)
+    if "choices" in rules and value not in rules["choices"]:
+        raise ConfigError(f"{name} is one of {', '.join(map(str, rules['choices']))}, not {value!r}")
+    low, high, above, below = (rules.get(k) for k in ("low", "high", "above", "below"))
+    if low is not None and value < low or above is not None and value <= above:
+        raise ConfigError(f"{name} is {f'at least {low}' if low is not None else f'above {above}'}, not {value}")
+    if high is not None and value > high or below is not None and value >= below:
+        raise ConfigError(f"{name} is {f'at most {high}' if high is not None else f'below {below}'}, not {value}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A group of settings that is checked when it is made; subclasses add the fields."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, check_value(field, getattr(self, field.name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Any:
+        """Builds from flag names (``T``, ``batch-size``) or field names. ConfigError on unknown names."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        by_flag = {flag_of(field).replace("-", "_"): name for name, field in fields.items()}
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            name = name if name in fields else by_flag.get(name, "")
+            if not name:
+                known = ", ".join(sorted(by_flag))
+                raise ConfigError(f"{source} has an unknown setting {key!r}; known are: {known}")
+            found[name] = value
+        return cls(**found)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What differs from a recorded run in the settings that a resume may not change."""
+        return [
+            f"--{flag_of(field)} {other[field.name]} then, {getattr(self, field.name)} now"
+            for field in dataclasses.fields(self)
+            if field.metadata.get("resume") != "free"
+            and field.name in other
+            and getattr(self, field.name) != other[field.name]
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """What every training command shares."""
+
+    dataset: str = option(
+        "auto",
+        "hub id (ylecun/mnist), folder of Parquet files, 'digits' (embedded, no network) or 'auto': "
+        "the hub's MNIST, or the embedded digits where the hub cannot be reached",
+    )
+    cache_dir: str | None = option(
+        None, "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]", kind=str, resume="free"
+    )
+    outdir: str | None = option(
+        None, "where everything is written [$SCRATCH, else ./outputs]", kind=str, resume="free"
+    )
+    only_digit: int | None = option(None, "train on one digit alone, 0-9", kind=int, low=0, high=9)
+    epochs: int = option(20, "passes over the training images", low=1, resume="free")
+    batch_size: int = option(128, "images per optimiser step, over all workers together", low=1)
+    lr: float = option(2e-4, "learning rate", above=0, high=10)
+    seed: int = option(42, "everything random follows from it", low=0, high=MAX_SEED)
+    device: str | None = option(
+        None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"), resume="free"
+    )
+    amp: bool = option(False, "mixed precision: bfloat16, or float16 on a GPU without it")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 = no clipping", low=0)
+    val_fraction: float = option(0.05, "share of the images held out for the validation loss", above=0, below=1)
+    early_stopping_patience: int = option(
+        0, "stop after so many epochs without a better validation loss; 0 = never", low=0, resume="free"
+    )
+    num_workers: str = option(
+        "1", "training workers: a number, or MIN-MAX to go on with what the cluster has", resume="free"
+    )
+    encode_workers: int | None = option(
+        None, "workers that read and encode images [one per GPU, or per CPU core]", kind=int, low=1, resume="free"
+    )
+    checkpoint_every: int = option(1, "epochs between checkpoints", low=1, resume="free")
+    max_failures: int = option(3, "restarts after a lost worker before giving up", low=0, resume="free")
+    auto_resume: bool = option(False, "go on with the newest run of these settings, if there is one", resume="free")
+    generate_images: bool = option(False, "write a picture to samples/ after each epoch", resume="free")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.worker_range()
+
+    def worker_range(self) -> tuple[int, int]:
+        """(smallest, largest) number of training workers."""
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", self.num_workers)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
+            raise ConfigError(f"--num-workers is a number from 1, or MIN-MAX such as 1-4, not {self.num_workers!r}")
+        if self.batch_size < high:
+            raise ConfigError(f"--batch-size {self.batch_size} is less than one image for each of {high} workers")
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(RunConfig):
+    """``python -m ldm_ray.train_autoencoder``"""
+
+    model: str = option("mlp", "which autoencoder", choices=("conv", "mlp"))
+    latent_dim: int = option(16, "numbers per image", low=1, high=1024)
+    lr: float = option(1e-3, "largest learning rate, after the warm-up and before the cosine decay", above=0, high=10)
+    epochs: int = option(20, "passes over the training images", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """``python -m ldm_ray.train``"""
+
+    ae_ckpt: str | None = option(
+        None, "autoencoder checkpoint; its type is read from it [the newest found]", kind=str, resume="free"
+    )
+    ae_ckpt_dir: str | None = option(
+        None, "where to look for an autoencoder, Conv before MLP [the output directory]", kind=str, resume="free"
+    )
+    num_train_timesteps: int = option(1000, "diffusion timesteps T", flag="T", low=2, high=100_000)
+    beta_start: float = option(1e-4, "noise variance of the first timestep", above=0, below=1)
+    beta_end: float = option(2e-2, "noise variance of the last timestep", above=0, below=1)
+    hidden_dim: int = option(256, "width of the denoiser", low=8, high=8192)
+    label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
+    ema_decay: float = option(0.999, "decay of the averaged weights that sampling uses", low=0, below=1)
+    samples_per_epoch: int = option(16, "pictures in a --generate-images grid", low=1, high=4096, resume="free")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta_end < self.beta_start:
+            raise ConfigError(f"--beta-end {self.beta_end:g} is below --beta-start {self.beta_start:g}")
+
+
+def outdir(given: str | None) -> Path:
+    """The absolute output directory: as given, else $SCRATCH, else ./outputs."""
+    return Path(given or os.environ.get("SCRATCH") or "outputs").expanduser().absolute()
+
+
+def cache_dir(given: str | None) -> Path:
+    """The absolute cache directory: as given, else $SLURM_TMPDIR, else ./hf_cache."""
+    return Path(given or os.environ.get("SLURM_TMPDIR") or "hf_cache").expanduser().absolute()

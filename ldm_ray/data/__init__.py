@@ -1,0 +1,1 @@
+"""Where images come from, and uint8 ↔ float ↔ PNG."""

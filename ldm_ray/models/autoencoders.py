@@ -1,0 +1,116 @@
+"""The autoencoders: 28×28 images to D numbers and back. State-dict names are a file format: keep them.
+
+Shapes: B batch, D latent.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_ray.models.registry import register
+
+SIZE = 28
+
+
+class MLPEncoder(nn.Module):
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(SIZE * SIZE, 512),
+            nn.ReLU(),
+            nn.Linear(512, 256),
+            nn.ReLU(),
+            nn.Linear(256, 128),
+            nn.ReLU(),
+            nn.Linear(128, latent_dim),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+
+class MLPDecoder(nn.Module):
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.core = nn.Sequential(
+            nn.Linear(latent_dim, 128),
+            nn.ReLU(),
+            nn.Linear(128, 256),
+            nn.ReLU(),
+            nn.Linear(256, 512),
+            nn.ReLU(),
+            nn.Linear(512, SIZE * SIZE),
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.core(latents).view(-1, 1, SIZE, SIZE)
+
+
+class ConvEncoder(nn.Module):
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(1, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(64, 128, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.fc = nn.Sequential(nn.Flatten(), nn.Linear(128 * 4 * 4, 128), nn.ReLU(), nn.Linear(128, latent_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.conv(images))  # (B, 1, 28, 28) → (B, 128, 4, 4) → (B, D)
+
+
+class ConvDecoder(nn.Module):
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(latent_dim, 128), nn.ReLU(), nn.Linear(128, 128 * 4 * 4), nn.ReLU())
+        self.conv4 = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())
+        self.conv7 = nn.Sequential(nn.Conv2d(128, 64, 3, padding=1), nn.ReLU())
+        self.conv14 = nn.Sequential(nn.Conv2d(64, 32, 3, padding=1), nn.ReLU())
+        self.conv28 = nn.Conv2d(32, 1, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        h = self.fc(latents).view(-1, 128, 4, 4)  # (B, 128, 4, 4)
+        h = self.conv4(h)  #                        (B, 128, 4, 4)
+        h = self.conv7(F.interpolate(h, size=7))  # (B, 64, 7, 7), nearest
+        h = self.conv14(F.interpolate(h, size=14))  # (B, 32, 14, 14)
+        return self.conv28(F.interpolate(h, size=28))  # (B, 1, 28, 28)
+
+
+class Autoencoder(nn.Module):
+    """encoder: (B, 1, 28, 28) in [0, 1] → (B, D). decoder: (B, D) → (B, 1, 28, 28) logits."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    image_size = (SIZE, SIZE)
+
+    def __init__(self, latent_dim: int = 16) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The reconstruction before its sigmoid: losses are stabler on it."""
+        return self.decoder(self.encoder(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1, 28, 28) in [0, 1] → its reconstruction in [0, 1]."""
+        return self.logits(images).sigmoid()
+
+
+@register("conv", latent_key="encoder.fc.3.weight")
+class ConvAutoencoder(Autoencoder):
+    def __init__(self, latent_dim: int = 16) -> None:
+        super().__init__(latent_dim)
+        self.encoder, self.decoder = ConvEncoder(latent_dim), ConvDecoder(latent_dim)
+
+
+@register("mlp", latent_key="encoder.net.7.weight")
+class MLPAutoencoder(Autoencoder):
+    def __init__(self, latent_dim: int = 16) -> None:
+        super().__init__(latent_dim)
+        self.encoder, self.decoder = MLPEncoder(latent_dim), MLPDecoder(latent_dim)

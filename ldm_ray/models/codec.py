@@ -1,0 +1,103 @@
+"""The frozen autoencoder with its latent statistics: images ↔ whitened latents.
+
+Shapes: B batch, D latent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_ray.models import autoencoders as autoencoders  # registers the types
+from ldm_ray.models import registry
+
+SHRINKAGE = 1e-6  # of the mean variance: keeps a dead latent dimension from dividing by zero
+
+
+class LatentStatistics:
+    """Mean and covariance of raw latents, and the linear maps that follow from them.
+
+    whitened = (raw − μ) W with W = Σ^(−1/2) symmetric (ZCA), so that each whitened number stays next to the
+    raw one it came from; raw = whitened W⁻¹ + μ. All in float64. The identity statistics change nothing.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        self.mean = mean.double().cpu()  #              (D,)
+        self.covariance = covariance.double().cpu()  # (D, D)
+
+    @classmethod
+    def identity(cls, latent_dim: int) -> LatentStatistics:
+        return cls(torch.zeros(latent_dim), torch.eye(latent_dim))
+
+    @classmethod
+    def of(cls, latents: Tensor) -> LatentStatistics:
+        """Of raw latents (N, D)."""
+        latents = latents.double()
+        mean = latents.mean(dim=0)
+        centred = latents - mean
+        return cls(mean, centred.T @ centred / max(1, len(latents) - 1))
+
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """(whitening, colouring): Σ^(−1/2) and Σ^(1/2), each (D, D) float64."""
+        if torch.equal(self.covariance, torch.eye(len(self.mean), dtype=torch.float64)):
+            return self.covariance, self.covariance
+        values, vectors = torch.linalg.eigh(self.covariance)
+        floor = SHRINKAGE * values.mean().clamp_min(1e-12)
+        scale = values.clamp_min(floor).sqrt()
+        return (vectors / scale) @ vectors.T, (vectors * scale) @ vectors.T
+
+
+class LatentCodec(nn.Module):
+    """A frozen autoencoder. Nothing in it ever trains: no gradients, always in evaluation mode.
+
+    The statistics are buffers of its own; the autoencoder's weights are untouched by them.
+    """
+
+    whitening: Tensor
+    colouring: Tensor
+    mean: Tensor
+
+    def __init__(self, model: nn.Module, kind: str, statistics: LatentStatistics | None = None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.model: Any = model.requires_grad_(False).eval()
+        self.latent_dim: int = self.model.latent_dim
+        self.image_size: tuple[int, int] = self.model.image_size
+        self.statistics = statistics or LatentStatistics.identity(self.latent_dim)
+        whitening, colouring = self.statistics.maps()
+        self.register_buffer("whitening", whitening.float(), persistent=False)
+        self.register_buffer("colouring", colouring.float(), persistent=False)
+        self.register_buffer("mean", self.statistics.mean.float(), persistent=False)
+
+    @classmethod
+    def from_state(
+        cls, kind: str, latent_dim: int, state: dict[str, Tensor], statistics: LatentStatistics | None = None
+    ) -> LatentCodec:
+        """Builds the registered type and loads the weights strictly."""
+        model = registry.build(kind, latent_dim)
+        model.load_state_dict(state)
+        return cls(model, kind, statistics)
+
+    def with_statistics(self, statistics: LatentStatistics) -> LatentCodec:
+        """The same autoencoder with other statistics."""
+        return LatentCodec(self.model, self.kind, statistics)
+
+    def train(self, mode: bool = True) -> LatentCodec:
+        """Stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W) float in [0, 1] → whitened latents (B, D)."""
+        return self.whiten(self.model.encoder(images))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Whitened latents (B, D) → images (B, 1, H, W) float in [0, 1]."""
+        return self.model.decoder(latents @ self.colouring + self.mean).sigmoid()
+
+    def whiten(self, raw: Tensor) -> Tensor:
+        """Raw latents (B, D) → whitened ones."""
+        return (raw - self.mean) @ self.whitening

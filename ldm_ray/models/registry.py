@@ -1,0 +1,74 @@
+"""Which autoencoders there are, and which one a checkpoint holds.
+
+A new architecture is one class with ``@register(name, latent_key=…)`` above it, imported in
+``models/codec.py``. Discovery without ``--ae-ckpt`` tries them in the order of registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ldm_ray.errors import CheckpointError
+
+MAX_LATENT_DIM = 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """build(latent_dim) makes the network; latent_key is the encoder's last weight, (D, …)."""
+
+    name: str
+    build: Callable[[int], Any]
+    latent_key: str
+
+
+REGISTRY: dict[str, Entry] = {}
+
+
+def register(name: str, *, latent_key: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator: makes an autoencoder known under a name."""
+
+    def add(cls: type[nn.Module]) -> type[nn.Module]:
+        if name in REGISTRY:
+            raise ValueError(f"an autoencoder named {name!r} is registered already")
+        REGISTRY[name] = Entry(name, cls, latent_key)
+        return cls
+
+    return add
+
+
+def detect(state: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[str, int]:
+    """(type, latent_dim) from a checkpoint's metadata and its state dict, which must agree.
+
+    Raises CheckpointError: unknown type, metadata and weights that disagree, neither of them telling.
+    """
+    said = args.get("model")
+    said = said.removeprefix("ae-").lower() if isinstance(said, str) else None
+    if said is not None and said not in REGISTRY:
+        raise CheckpointError(f"autoencoder type {args['model']!r} is unknown; registered are {', '.join(REGISTRY)}")
+    seen = next((entry for entry in REGISTRY.values() if entry.latent_key in state), None)
+    if seen is None:
+        keys = ", ".join(list(state)[:3]) or "none"
+        raise CheckpointError(
+            f"the weights fit no registered autoencoder ({', '.join(REGISTRY)}); their first names are {keys}"
+        )
+    if said is not None and said != seen.name:
+        raise CheckpointError(f"the metadata says {said!r}, but the weights are of type {seen.name!r}")
+    weight = state[seen.latent_key]
+    latent_dim = int(weight.shape[0]) if weight.dim() else 0
+    if not 1 <= latent_dim <= MAX_LATENT_DIM:
+        raise CheckpointError(f"latent size {latent_dim} is outside 1 to {MAX_LATENT_DIM}")
+    if args.get("latent_dim") not in (None, latent_dim):
+        raise CheckpointError(f"the metadata says latent_dim {args['latent_dim']}, but the weights have {latent_dim}")
+    return seen.name, latent_dim
+
+
+def build(name: str, latent_dim: int) -> Any:
+    """A fresh autoencoder of a registered type."""
+    if name not in REGISTRY:
+        raise CheckpointError(f"autoencoder type {name!r} is unknown; registered are {', '.join(REGISTRY)}")
+    return REGISTRY[name].build(latent_dim)
