@@ -1,0 +1,1 @@
+"""The diffusion mathematics: plain PyTorch, no Ray."""

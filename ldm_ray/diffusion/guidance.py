@@ -1,0 +1,21 @@
+"""Classifier-free guidance (Ho and Salimans, arXiv:2207.12598). B batch, D latent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm_ray.diffusion.samplers import Denoise
+
+
+def guided(denoise: Denoise, guidance_scale: float, null_label: int) -> Denoise:
+    """uncond + s·(cond − uncond), both halves in one pass; a scale of 1 is the denoiser itself."""
+    if guidance_scale == 1:
+        return denoise
+
+    def denoise_guided(latents: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        both = torch.cat([labels, torch.full_like(labels, null_label)])  # (2B,)
+        cond, uncond = denoise(latents.repeat(2, 1), t.repeat(2), both).chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    return denoise_guided

@@ -1,0 +1,34 @@
+"""What the denoiser learns (DDPM, arXiv:2006.11239, eq. 14). B batch, D latent, T timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm_ray.diffusion.schedule import Noiser
+
+
+def epsilon_loss(
+    denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
+    noiser: Noiser,
+    x0: Tensor,
+    labels: Tensor,
+    null_label: int,
+    label_dropout: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """E‖ε − ε_θ(√ᾱ x0 + √(1 − ᾱ) ε, t, y)‖² as a mean over elements.
+
+    x0 (B, D), labels (B,). t is uniform; a share ``label_dropout`` of the labels becomes ``null_label``
+    (classifier-free guidance, Ho and Salimans, arXiv:2207.12598). All randomness is the generator's.
+    """
+    batch, device = len(x0), x0.device
+    t = torch.randint(0, len(noiser.signal), (batch,), device=device, generator=generator)
+    noise = torch.randn(x0.shape, device=device, generator=generator)
+    hidden = torch.rand(batch, device=device, generator=generator) < label_dropout
+    labels = torch.where(hidden, null_label, labels)
+    eps_pred = denoiser(noiser.add_noise(x0, noise, t), t, labels)
+    return F.mse_loss(eps_pred.float(), noise)

@@ -1,0 +1,129 @@
+"""The only place that knows paths and file names of a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm_ray.checkpoint import AutoencoderCheckpoint, load_autoencoder, read
+from ldm_ray.config import AutoencoderConfig, RunConfig
+from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.models.registry import REGISTRY
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where the files of one run are, under one absolute output directory."""
+
+    outdir: Path
+    name: str
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.outdir / "checkpoints" / self.name
+
+    @property
+    def latest(self) -> Path:
+        return self.checkpoints / "latest.pt"
+
+    def checkpoint(self, epoch: int) -> Path:
+        return self.checkpoints / f"checkpoint_epoch_{epoch:06d}.pt"
+
+    def sample(self, epoch: int) -> Path:
+        return self.outdir / "samples" / self.name / f"epoch_{epoch:06d}.png"
+
+    @property
+    def runs(self) -> Path:
+        return self.outdir / "runs" / self.name
+
+    @property
+    def metrics(self) -> Path:
+        return self.runs / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.runs / "config.json"
+
+    @property
+    def progress(self) -> Path:
+        return self.runs / "progress.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.runs / "stop"
+
+    @property
+    def log(self) -> Path:
+        return self.outdir / "logs" / f"{self.name}.log"
+
+
+def examples_dir(outdir: Path, fingerprint: str) -> Path:
+    """Latents (or pixels) that training reads."""
+    return outdir / "latents" / fingerprint
+
+
+def run_stem(config: RunConfig) -> str:
+    """The run's name without its time; what a resume looks for."""
+    digit = "all" if config.only_digit is None else config.only_digit
+    start = f"d{digit}-bs{config.batch_size}-lr{config.lr:g}"
+    if isinstance(config, AutoencoderConfig):
+        return f"ae-{config.model}-{start}-D{config.latent_dim}-seed{config.seed}"
+    return f"latent-diffusion-{start}-T{config.num_train_timesteps}-seed{config.seed}"  # type: ignore[attr-defined]
+
+
+def new_run(config: RunConfig, outdir: Path) -> RunPaths:
+    """A run that has no files yet."""
+    stem, moment = run_stem(config), time.time()
+    while True:
+        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(moment))}"
+        if not (outdir / "checkpoints" / name).exists():
+            return RunPaths(outdir, name)
+        moment += 1
+
+
+def newest_run(config: RunConfig, outdir: Path) -> RunPaths | None:
+    """The newest run of this stem that has a checkpoint."""
+    found = sorted((outdir / "checkpoints").glob(f"{run_stem(config)}-????????-??????/latest.pt"))
+    return RunPaths(outdir, found[-1].parent.name) if found else None
+
+
+def check_writable(outdir: Path) -> None:
+    """Makes the directory, or says in one line why it cannot be used."""
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+        probe = outdir / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--outdir {outdir} cannot be written: {error.strerror or error}") from None
+
+
+def find_autoencoder(folder: Path, only_digit: int | None = None) -> AutoencoderCheckpoint | None:
+    """The newest autoencoder checkpoint under a folder, by registered type in order: Conv first, then MLP.
+
+    One trained on a single digit is taken only for that digit. Unreadable files are passed over with a note.
+    """
+    files = [file for file in folder.rglob("*.pt") if not file.name.startswith(".")]
+    settled = {file.parent for file in files if file.name == "latest.pt"}
+    files = [file for file in files if file.name == "latest.pt" or file.parent not in settled]
+    files.sort(key=lambda file: (file.stat().st_mtime, str(file)), reverse=True)
+    best: dict[str, AutoencoderCheckpoint] = {}
+    for file in files:
+        try:
+            if read(file)[1] != "autoencoder":
+                continue
+            found = load_autoencoder(file)
+        except CheckpointError as error:
+            log.warning("passed over: %s", error)
+            continue
+        if found.only_digit not in (None, only_digit):
+            log.info("passed over: %s was trained on digit %s alone", file, found.only_digit)
+            continue
+        best.setdefault(found.codec.kind, found)
+        if found.codec.kind == next(iter(REGISTRY)):
+            break
+    return next((best[kind] for kind in REGISTRY if kind in best), None)
