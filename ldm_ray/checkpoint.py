@@ -153,7 +153,7 @@ def load_diffusion(path: Path, ae_ckpt: Path | None = None, force: bool = False)
         )
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
-    autoencoder = _embedded(content.get("autoencoder"), path)
+    autoencoder = from_embedded(content.get("autoencoder"), path)
     if ae_ckpt is not None:
         given, recorded = load_autoencoder(ae_ckpt), autoencoder
         if recorded is not None and recorded.sha256 != given.sha256 and not force:
@@ -244,7 +244,7 @@ def embed(autoencoder: AutoencoderCheckpoint) -> dict[str, Any]:
     }
 
 
-def _embedded(value: Any, path: Path) -> AutoencoderCheckpoint | None:
+def from_embedded(value: Any, path: Path) -> AutoencoderCheckpoint | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not isinstance(value.get("model"), dict):

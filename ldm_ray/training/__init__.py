@@ -1,0 +1,1 @@
+"""Training loops: plain PyTorch (torch.distributed for several workers), no Ray."""

@@ -1,0 +1,213 @@
+"""A whole training run as one worker sees it: resume, epochs, checkpoints, records, stopping."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ldm_ray import checkpoint
+from ldm_ray.config import RunConfig
+from ldm_ray.data.examples import read_examples, split
+from ldm_ray.data.images import write_bytes
+from ldm_ray.runs import RunPaths
+from ldm_ray.training.fitter import Fitter
+from ldm_ray.training.tasks import Task, build_task
+
+CHECK_EVERY = 20  # steps between looks for a stop request
+PROGRESS_S = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is given. examples: an absolute folder; autoencoder: the embedded one of a denoiser."""
+
+    config: RunConfig
+    paths: RunPaths
+    examples: Path
+    autoencoder: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this worker runs."""
+
+    rank: int
+    world: int
+    device: torch.device
+    wrap: Callable[[nn.Module], nn.Module]  # DDP for several workers
+
+
+def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> None:
+    """Trains from the run's latest checkpoint, or from the start, until the end or a stop request.
+
+    report is called on every worker after every epoch and once on stopping, with the same metrics.
+    """
+    config, first = job.config, place.rank == 0
+    task = build_task(config, place.device, job.autoencoder)
+    examples = read_examples(job.examples)
+    train_rows, val_rows = split(examples, config.val_fraction)
+    mine = examples.take(train_rows[place.rank :: place.world])
+    if len(mine) == 0:
+        mine = examples.take(train_rows)
+    fitter = Fitter(
+        task,
+        place.wrap(task.model),
+        config,
+        task.prepare(mine),
+        mine.labels,
+        len(train_rows),
+        place.rank,
+        place.world,
+        place.device,
+    )
+    held = examples.take(val_rows)
+    val_data, val_labels = task.prepare(held), held.labels
+    del examples, mine, held
+    best = {"val_loss": math.inf, "epoch": 0}
+    if job.paths.latest.exists():
+        content, _ = checkpoint.read(job.paths.latest)
+        fitter.load(content)
+        best = content["training"]["best"]
+    recorder = Recorder(job.paths, config, fitter) if first else None
+
+    def pause(step: int) -> bool:
+        if recorder:
+            recorder.progress(step)
+        if step % CHECK_EVERY:
+            return False
+        return agreed(first and job.paths.stop.exists(), place)
+
+    while fitter.epoch < config.epochs:
+        started, from_step = time.perf_counter(), fitter.step
+        if not fitter.run_epoch(pause):
+            if first:
+                save(task, fitter, job.paths, best, {}, epoch_file=False)
+            report({"stopped": True, "epoch": fitter.epoch, "step": fitter.step})
+            return
+        seconds = time.perf_counter() - started
+        images = (fitter.steps_per_epoch - from_step) * config.batch_size
+        train_loss = average(fitter.end_epoch(), place)
+        metrics: dict[str, Any] = {"epoch": fitter.epoch, "train_loss": train_loss}
+        if first and math.isfinite(train_loss):
+            metrics |= {
+                "val_loss": fitter.validate(val_data, val_labels),
+                "lr": fitter.optimizer.param_groups[0]["lr"],
+                "images_per_s": images / seconds,
+                "seconds": seconds,
+                "workers": place.world,
+            }
+        metrics = shared(metrics, place)
+        if not math.isfinite(train_loss) or not math.isfinite(metrics["val_loss"]):
+            report({"diverged": True, "epoch": fitter.epoch, "lr": config.lr})
+            return
+        if metrics["val_loss"] < best["val_loss"]:
+            best = {"val_loss": metrics["val_loss"], "epoch": fitter.epoch}
+        patience = config.early_stopping_patience
+        early = bool(patience) and fitter.epoch - best["epoch"] >= patience
+        stop = agreed(first and job.paths.stop.exists(), place)
+        last = early or stop or fitter.epoch == config.epochs
+        if recorder:
+            if last or fitter.epoch % config.checkpoint_every == 0:
+                save(task, fitter, job.paths, best, metrics, epoch_file=True, finished=early)
+            if config.generate_images:
+                task.picture(fitter.averaged, job.paths.sample(fitter.epoch), val_data.to(place.device))
+            recorder.epoch(metrics)
+        report(metrics | {"early_stopped": early, "stopped": stop and fitter.epoch < config.epochs})
+        if last:
+            break
+    if recorder:
+        recorder.close()
+
+
+def save(
+    task: Task,
+    fitter: Fitter,
+    paths: RunPaths,
+    best: dict[str, Any],
+    metrics: dict[str, Any],
+    epoch_file: bool,
+    finished: bool = False,
+) -> None:
+    """Writes ``latest.pt`` and, without what only resuming needs, the epoch's own file."""
+    rest = {"epoch": fitter.epoch, "global_step": fitter.global_step, "exp_name": paths.name, "metrics": metrics}
+    rest |= {key: metrics[key] for key in ("train_loss", "val_loss") if key in metrics}
+    content = task.content(fitter.averaged, **rest)
+    if epoch_file:
+        checkpoint.write(paths.checkpoint(fitter.epoch), content)
+    training = fitter.state() | {"best": best, "finished": finished}
+    checkpoint.write(paths.latest, content | {"training": training})
+
+
+class Recorder:
+    """The run's records, by the first worker alone: metrics.jsonl, TensorBoard, the progress file."""
+
+    def __init__(self, paths: RunPaths, config: RunConfig, fitter: Fitter) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.paths, self.config, self.fitter = paths, config, fitter
+        self.board = SummaryWriter(str(paths.runs), purge_step=fitter.epoch + 1)
+        self.next, self.started, self.first_step = 0.0, time.perf_counter(), fitter.global_step
+        lines = paths.metrics.read_text().splitlines() if paths.metrics.exists() else []
+        kept = [line for line in lines if line.strip() and json.loads(line)["epoch"] <= fitter.epoch]
+        write_bytes(paths.metrics, "".join(line + "\n" for line in kept).encode())
+
+    def progress(self, step: int) -> None:
+        """Writes how far training is, twice a second at most."""
+        now = time.perf_counter()
+        if now < self.next:
+            return
+        self.next = now + PROGRESS_S
+        fitter, elapsed = self.fitter, now - self.started
+        rate = (fitter.global_step - self.first_step) / max(elapsed, 1e-9)
+        state = {
+            "epoch": fitter.epoch + 1,
+            "step": step,
+            "steps_per_epoch": fitter.steps_per_epoch,
+            "loss": float(fitter.loss_sum) / max(1, step),
+            "images_per_s": rate * self.config.batch_size,
+            "seconds_left": (fitter.total_steps - fitter.global_step) / max(rate, 1e-9),
+        }
+        write_bytes(self.paths.progress, json.dumps(state).encode())
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        with self.paths.metrics.open("a") as stream:
+            stream.write(json.dumps(metrics | {"time": time.time()}) + "\n")
+        for key, value in metrics.items():
+            if key != "epoch":
+                self.board.add_scalar(key, value, metrics["epoch"])
+        self.board.flush()
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def agreed(wish: bool, place: Place) -> bool:
+    """The first worker's wish, known to all."""
+    return bool(shared(wish, place))
+
+
+def shared(value: Any, place: Place) -> Any:
+    """The first worker's value, on all."""
+    if place.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=place.device if place.device.type == "cuda" else None)
+    return box[0]
+
+
+def average(value: float, place: Place) -> float:
+    """The mean over workers."""
+    if place.world == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=place.device)
+    dist.all_reduce(tensor)
+    return float(tensor) / place.world

@@ -1,0 +1,141 @@
+"""What is trained: an autoencoder or a denoiser. Each task knows its loss, its checkpoint and its picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_ray import checkpoint
+from ldm_ray.checkpoint import AutoencoderCheckpoint
+from ldm_ray.config import MAX_SEED, AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.data.examples import Examples
+from ldm_ray.data.images import save_grid, to_float, to_uint8
+from ldm_ray.diffusion.objective import epsilon_loss
+from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
+from ldm_ray.generator import Generator
+from ldm_ray.models import registry
+from ldm_ray.models.denoiser import Denoiser
+
+WARM_UP = 0.05  # share of an autoencoder's steps
+
+
+class Task:
+    """model is trained through ``loss(forward, …)``, where forward is the model or its DDP wrapper."""
+
+    model: nn.Module
+    ema_decay = 0.0
+
+    def prepare(self, examples: Examples) -> Tensor:
+        """The examples as the training tensor (N, …)."""
+        raise NotImplementedError
+
+    def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+    def lr_factor(self, progress: float) -> float:
+        """Share of the learning rate after this share of all steps."""
+        return 1.0
+
+    def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
+        """The checkpoint."""
+        raise NotImplementedError
+
+    def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
+        """Writes what the model makes now; batch is held-out data."""
+        raise NotImplementedError
+
+
+class AutoencoderTask(Task):
+    """Pixels in, pixels out. Binary cross-entropy on the logits: its gradient does not vanish where the
+    sigmoid saturates, which is how a squared error on the sigmoid's output lets the Conv one collapse to a
+    constant picture; a warm-up keeps the first steps from killing ReLUs."""
+
+    def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
+        self.config = config
+        self.autoencoder = registry.build(config.model, config.latent_dim).to(device)
+        if device.type == "cpu" and config.model == "conv":
+            self.autoencoder.to(memory_format=torch.channels_last)
+        self.model: nn.Module = Logits(self.autoencoder)
+
+    def prepare(self, examples: Examples) -> Tensor:
+        return examples.vectors.reshape(-1, 1, *self.autoencoder.image_size)  # (N, 1, H, W) uint8
+
+    def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        images = to_float(batch)
+        return F.binary_cross_entropy_with_logits(forward(images).float(), images)
+
+    def lr_factor(self, progress: float) -> float:
+        if progress < WARM_UP:
+            return progress / WARM_UP
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
+
+    def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
+        return checkpoint.autoencoder_content(self.autoencoder, self.config.model, self.config.to_dict(), **rest)
+
+    @torch.no_grad()
+    def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
+        """Images above, reconstructions below, eight columns."""
+        images = batch[:32]
+        made = to_uint8(self.autoencoder.eval()(to_float(images)).float())
+        self.autoencoder.train()
+        rows = [part for pair in zip(images.split(8), made.split(8), strict=True) for part in pair]
+        save_grid(torch.cat(rows).cpu(), path, columns=8)
+
+
+class Logits(nn.Module):
+    """DDP wraps ``forward`` alone."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder: Any = autoencoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.autoencoder.logits(images)
+
+
+class DenoiserTask(Task):
+    """Whitened latents and labels in, noise out."""
+
+    def __init__(self, config: TrainConfig, autoencoder: AutoencoderCheckpoint, device: torch.device) -> None:
+        self.config, self.autoencoder = config, autoencoder
+        self.schedule = NoiseSchedule(config.num_train_timesteps, config.beta_start, config.beta_end)
+        self.noiser = Noiser(self.schedule, device)
+        self.denoiser = Denoiser(autoencoder.codec.latent_dim, config.hidden_dim).to(device)
+        self.model: nn.Module = self.denoiser
+        self.device, self.ema_decay = device, config.ema_decay
+
+    def prepare(self, examples: Examples) -> Tensor:
+        return self.autoencoder.codec.cpu().whiten(examples.vectors)  # (N, D)
+
+    def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        null, dropout = self.denoiser.null_label, self.config.label_dropout
+        return epsilon_loss(forward, self.noiser, batch, labels, null, dropout, generator)
+
+    def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
+        assert isinstance(ema, Denoiser)
+        return checkpoint.diffusion_content(
+            self.denoiser, ema, self.schedule, self.autoencoder, self.config.to_dict(), **rest
+        )
+
+    def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
+        assert isinstance(ema, Denoiser)
+        make = Generator(ema, self.autoencoder.codec, self.schedule, self.device)
+        count, digit = self.config.samples_per_epoch, self.config.only_digit
+        seeds = [(self.config.seed + i) % (MAX_SEED + 1) for i in range(count)]
+        save_grid(make(seeds, [i % 10 if digit is None else digit for i in range(count)]), path)
+
+
+def build_task(config: RunConfig, device: torch.device, autoencoder: dict[str, Any] | None) -> Task:
+    """The task of a configuration; autoencoder is the embedded one of a denoiser."""
+    torch.manual_seed(config.seed)  # initial weights, the same on every worker
+    if isinstance(config, AutoencoderConfig):
+        return AutoencoderTask(config, device)
+    assert isinstance(config, TrainConfig)
+    found = checkpoint.from_embedded(autoencoder, Path("the autoencoder of this run"))
+    assert found is not None
+    return DenoiserTask(config, found, device)
