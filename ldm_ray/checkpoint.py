@@ -92,9 +92,10 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         needed = plain(content.get("versions"))
         needed = needed.get("ldm_ray", "a newer version") if isinstance(needed, dict) else "a newer version"
         raise CheckpointError(
-            f"checkpoint {path} has format {version}, this ldm_ray reads up to {FORMAT_VERSION}: install ldm_ray {needed}"
+            f"checkpoint {path} has format {version}, this ldm_ray reads up to {FORMAT_VERSION}: "
+            f"install ldm_ray {needed}"
         )
-    for key in ("args", "config", "schedule", "metrics", "versions"):
+    for key in ("args", "config", "data", "schedule", "metrics", "versions"):
         content[key] = plain(content.get(key)) or {}
         if not isinstance(content[key], dict):
             raise CheckpointError(f"checkpoint {path}: {key!r} is a {type(content[key]).__name__}, not a dictionary")
@@ -109,7 +110,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:
     """The metadata worth showing."""
-    keys = ("format_version", "epoch", "global_step", "train_loss", "val_loss", "metrics", "config", "args", "versions")
+    keys = ("format_version", "epoch", "global_step", "train_loss", "val_loss", "data", "config", "args", "versions")
     found = {key: plain(content[key]) for key in keys if content.get(key) not in (None, {})}
     return found | {"exp_name": str(content["exp_name"])} if content.get("exp_name") else found
 

@@ -21,9 +21,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line, without the usage text around it."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
-        )
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -79,7 +77,7 @@ def read_json(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"--config {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} is a JSON object of settings, such as {{\"lr\": 0.001}}")
+        raise ConfigError(f'--config {path} is a JSON object of settings, such as {{"lr": 0.001}}')
     return values
 
 
@@ -106,3 +104,15 @@ def fail(prog: str, message: str) -> int:
     """Prints the message as one line on stderr; returns 2."""
     print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def close(outcome: Any, prog: str, then: str) -> int:
+    """Says what a training command made and what comes next; returns its exit code."""
+    paths = outcome.paths
+    if outcome.code:
+        print(f"stopped; go on with: {prog} --auto-resume (and the same settings)")
+        return outcome.code
+    print(f"checkpoint  {paths.latest}")
+    print(f"records     {paths.runs}")
+    print(f"next        {then} {paths.latest}")
+    return 0

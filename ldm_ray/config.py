@@ -59,9 +59,9 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
     if "choices" in rules and value not in rules["choices"]:
         raise ConfigError(f"{name} is one of {', '.join(map(str, rules['choices']))}, not {value!r}")
     low, high, above, below = (rules.get(k) for k in ("low", "high", "above", "below"))
-    if low is not None and value < low or above is not None and value <= above:
+    if (low is not None and value < low) or (above is not None and value <= above):
         raise ConfigError(f"{name} is {f'at least {low}' if low is not None else f'above {above}'}, not {value}")
-    if high is not None and value > high or below is not None and value >= below:
+    if (high is not None and value > high) or (below is not None and value >= below):
         raise ConfigError(f"{name} is {f'at most {high}' if high is not None else f'below {below}'}, not {value}")
     return value
 
@@ -115,9 +115,7 @@ class RunConfig(Config):
     cache_dir: str | None = option(
         None, "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]", kind=str, resume="free"
     )
-    outdir: str | None = option(
-        None, "where everything is written [$SCRATCH, else ./outputs]", kind=str, resume="free"
-    )
+    outdir: str | None = option(None, "where everything is written [$SCRATCH, else ./outputs]", kind=str, resume="free")
     only_digit: int | None = option(None, "train on one digit alone, 0-9", kind=int, low=0, high=9)
     epochs: int = option(20, "passes over the training images", low=1, resume="free")
     batch_size: int = option(128, "images per optimiser step, over all workers together", low=1)
@@ -190,6 +188,26 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if self.beta_end < self.beta_start:
             raise ConfigError(f"--beta-end {self.beta_end:g} is below --beta-start {self.beta_start:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferConfig(Config):
+    """``python -m ldm_ray.infer``"""
+
+    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]", kind=str)
+    ae_ckpt: str | None = option(
+        None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
+    )
+    outdir: str | None = option(None, "where to look for checkpoints [$SCRATCH, else ./outputs]", kind=str)
+    num_images: int = option(64, "how many", low=1, high=100_000)
+    output: str = option("generated.png", "the picture to write")
+    digit: int | None = option(None, "one digit alone, 0-9 [each in turn]", kind=int, low=0, high=9)
+    seed: int = option(42, "image i has seed + i", low=0, high=MAX_SEED)
+    guidance_scale: float = option(1.0, "classifier-free guidance; 1 = off", low=0, high=20)
+    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
+    show_process: bool = option(False, "also write the denoising, as a strip and as a GIF")
+    process_steps: int = option(10, "pictures in the strip", low=2, high=1000)
+    force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
 
 def outdir(given: str | None) -> Path:

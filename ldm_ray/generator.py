@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm_ray import runs
 from ldm_ray.checkpoint import load_diffusion
 from ldm_ray.config import MAX_SEED
 from ldm_ray.data.images import to_uint8
@@ -18,8 +21,10 @@ from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.models.registry import REGISTRY
 
 BATCH = 1024
+log = logging.getLogger(__name__)
 
 
 class Generator:
@@ -30,20 +35,37 @@ class Generator:
     ) -> None:
         self.denoiser, self.codec = denoiser.to(device).eval(), codec.to(device)
         self.schedule, self.device = schedule, torch.device(device)
+        self.sha256 = ""
 
     @classmethod
-    def from_checkpoint(
-        cls, path: Path, device: torch.device | str = "cpu", ae_ckpt: Path | None = None, force: bool = False
-    ) -> Generator:
-        """Raises CheckpointError, also when the file carries no autoencoder and none is given."""
+    def open(
+        cls,
+        path: Path,
+        device: torch.device | str = "cpu",
+        ae_ckpt: Path | None = None,
+        force: bool = False,
+        search: Sequence[Path] = (),
+    ) -> tuple[Generator, dict[str, Any]]:
+        """(generator, the checkpoint's settings).
+
+        Where the file carries no autoencoder and none is given, it is taken from the recorded path, else from
+        the folders of ``search`` by its recorded type. Raises CheckpointError, also when there is none.
+        """
         loaded = load_diffusion(path, ae_ckpt, force)
+        args = loaded.info.get("args", {})
         if loaded.autoencoder is None:
-            said = loaded.info.get("args", {})
-            raise CheckpointError(
-                f"checkpoint {path} carries no autoencoder: name the {said.get('ae_model', 'autoencoder')} checkpoint "
-                f"it was trained with by --ae-ckpt (it was {said.get('ae_ckpt', 'not recorded')})"
-            )
-        return cls(loaded.denoiser, loaded.autoencoder.codec, loaded.schedule, device)
+            found = recorded_autoencoder(args, search)
+            if found is None:
+                raise CheckpointError(
+                    f"checkpoint {path} carries no autoencoder: name the {args.get('ae_model', 'autoencoder')} "
+                    f"checkpoint it was trained with by --ae-ckpt (it was {args.get('ae_ckpt', 'not recorded')})"
+                )
+            log.info("autoencoder: %s, found by its recorded type; --ae-ckpt names another", found)
+            loaded = load_diffusion(path, found, force)
+        assert loaded.autoencoder is not None
+        made = cls(loaded.denoiser, loaded.autoencoder.codec, loaded.schedule, device)
+        made.sha256 = loaded.sha256
+        return made, args
 
     def labels_of(self, labels: Sequence[int | None]) -> Tensor:
         """(B,) int64; None is unconditional. ConfigError on a label outside the classes."""
@@ -104,3 +126,17 @@ class Generator:
         if not bool(torch.isfinite(images).all()):
             raise CheckpointError("sampling gave numbers that are not finite: the checkpoint's weights are unusable")
         return to_uint8(images).cpu()
+
+
+def recorded_autoencoder(args: dict[str, Any], search: Sequence[Path]) -> Path | None:
+    """The autoencoder that a checkpoint without one names: its path, else the newest of its type."""
+    path = args.get("ae_ckpt")
+    if isinstance(path, str) and Path(path).is_file():
+        return Path(path)
+    kind = str(args.get("ae_model") or "").removeprefix("ae-")
+    for folder in search:
+        if kind in REGISTRY and folder.is_dir():
+            found = runs.find_autoencoder(folder, args.get("ae_only_digit"), [kind])
+            if found is not None:
+                return Path(found.path)
+    return None

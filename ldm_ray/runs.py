@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,10 @@ class RunPaths:
         return self.runs / "stop"
 
     @property
+    def diverged(self) -> Path:
+        return self.runs / "diverged"
+
+    @property
     def log(self) -> Path:
         return self.outdir / "logs" / f"{self.name}.log"
 
@@ -102,15 +107,25 @@ def check_writable(outdir: Path) -> None:
         raise ConfigError(f"--outdir {outdir} cannot be written: {error.strerror or error}") from None
 
 
-def find_autoencoder(folder: Path, only_digit: int | None = None) -> AutoencoderCheckpoint | None:
+def newest_diffusion(base: Path) -> Path | None:
+    """The ``latest.pt`` of the newest denoiser run under an output directory."""
+    found = (base / "checkpoints").glob("latent-diffusion-*/latest.pt")
+    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def find_autoencoder(
+    folder: Path, only_digit: int | None = None, kinds: Sequence[str] | None = None
+) -> AutoencoderCheckpoint | None:
     """The newest autoencoder checkpoint under a folder, by registered type in order: Conv first, then MLP.
 
-    One trained on a single digit is taken only for that digit. Unreadable files are passed over with a note.
+    kinds: only these types. One trained on a single digit is taken only for that digit. Unreadable files
+    are passed over with a note.
     """
     files = [file for file in folder.rglob("*.pt") if not file.name.startswith(".")]
     settled = {file.parent for file in files if file.name == "latest.pt"}
     files = [file for file in files if file.name == "latest.pt" or file.parent not in settled]
     files.sort(key=lambda file: (file.stat().st_mtime, str(file)), reverse=True)
+    wanted = list(kinds or REGISTRY)
     best: dict[str, AutoencoderCheckpoint] = {}
     for file in files:
         try:
@@ -124,6 +139,6 @@ def find_autoencoder(folder: Path, only_digit: int | None = None) -> Autoencoder
             log.info("passed over: %s was trained on digit %s alone", file, found.only_digit)
             continue
         best.setdefault(found.codec.kind, found)
-        if found.codec.kind == next(iter(REGISTRY)):
+        if wanted[0] in best:
             break
-    return next((best[kind] for kind in REGISTRY if kind in best), None)
+    return next((best[kind] for kind in wanted if kind in best), None)

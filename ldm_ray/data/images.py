@@ -35,9 +35,7 @@ def decode_png(data: bytes | None, size: tuple[int, int] | None = None, where: s
     try:
         with Image.open(io.BytesIO(data or b"")) as image:
             if image.mode != "L":
-                raise DataError(
-                    f"{where} has mode {image.mode}; needed is 8-bit grayscale (mode L): convert it first"
-                )
+                raise DataError(f"{where} has mode {image.mode}; needed is 8-bit grayscale (mode L): convert it first")
             array = np.asarray(image)
     except DataError:
         raise
@@ -82,9 +80,7 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 80, l
     pictures = [Image.fromarray(frame) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [last]
     buffer = io.BytesIO()
-    pictures[0].save(
-        buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
-    )
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     write_bytes(path, buffer.getvalue())
 
 

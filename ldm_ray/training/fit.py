@@ -28,11 +28,13 @@ PROGRESS_S = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is given. examples: an absolute folder; autoencoder: the embedded one of a denoiser."""
+    """What every worker is given. examples: an absolute folder, made of ``data``; autoencoder: the embedded
+    one of a denoiser."""
 
     config: RunConfig
     paths: RunPaths
     examples: Path
+    data: dict[str, Any]
     autoencoder: dict[str, Any] | None = None
 
 
@@ -90,7 +92,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
         started, from_step = time.perf_counter(), fitter.step
         if not fitter.run_epoch(pause):
             if first:
-                save(task, fitter, job.paths, best, {}, epoch_file=False)
+                save(task, fitter, job, best, {}, epoch_file=False)
             report({"stopped": True, "epoch": fitter.epoch, "step": fitter.step})
             return
         seconds = time.perf_counter() - started
@@ -107,7 +109,9 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
             }
         metrics = shared(metrics, place)
         if not math.isfinite(train_loss) or not math.isfinite(metrics["val_loss"]):
-            report({"diverged": True, "epoch": fitter.epoch, "lr": config.lr})
+            if recorder:
+                recorder.diverged(metrics)
+            report({"diverged": True, "epoch": fitter.epoch})
             return
         if metrics["val_loss"] < best["val_loss"]:
             best = {"val_loss": metrics["val_loss"], "epoch": fitter.epoch}
@@ -117,7 +121,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
         last = early or stop or fitter.epoch == config.epochs
         if recorder:
             if last or fitter.epoch % config.checkpoint_every == 0:
-                save(task, fitter, job.paths, best, metrics, epoch_file=True, finished=early)
+                save(task, fitter, job, best, metrics, epoch_file=True, finished=early)
             if config.generate_images:
                 task.picture(fitter.averaged, job.paths.sample(fitter.epoch), val_data.to(place.device))
             recorder.epoch(metrics)
@@ -131,14 +135,16 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
 def save(
     task: Task,
     fitter: Fitter,
-    paths: RunPaths,
+    job: Job,
     best: dict[str, Any],
     metrics: dict[str, Any],
     epoch_file: bool,
     finished: bool = False,
 ) -> None:
     """Writes ``latest.pt`` and, without what only resuming needs, the epoch's own file."""
+    paths = job.paths
     rest = {"epoch": fitter.epoch, "global_step": fitter.global_step, "exp_name": paths.name, "metrics": metrics}
+    rest["data"] = job.data
     rest |= {key: metrics[key] for key in ("train_loss", "val_loss") if key in metrics}
     content = task.content(fitter.averaged, **rest)
     if epoch_file:
@@ -185,6 +191,11 @@ class Recorder:
             if key != "epoch":
                 self.board.add_scalar(key, value, metrics["epoch"])
         self.board.flush()
+
+    def diverged(self, metrics: dict[str, Any]) -> None:
+        """Leaves word for the command; the last good checkpoint stays."""
+        write_bytes(self.paths.diverged, json.dumps({"epoch": metrics["epoch"]}).encode())
+        self.close()
 
     def close(self) -> None:
         self.board.close()

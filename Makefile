@@ -1,0 +1,56 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+UV     ?= $(if $(wildcard $(VENV)/bin/uv),$(VENV)/bin/uv,uv)
+ARGS   ?=
+
+NEED_310 := import sys; sys.exit(sys.version_info < (3, 10))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  ARGS='...' goes to train, test (pytest) and lock; PYTHON=... picks the interpreter for setup."
+
+setup: $(STAMP) ## create .venv and install the locked packages and the project
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  "$(PYTHON)" -c '$(NEED_310)' 2>/dev/null \
+	    || { echo "make setup: '$(PYTHON)' is not Python 3.10 or newer; name one: make setup PYTHON=python3.11" >&2; exit 1; }; \
+	  "$(PYTHON)" -m venv $(VENV); }
+	@$(PY) -c '$(NEED_310)' \
+	  || { echo "make setup: $(VENV) has a Python older than 3.10; remove it (make clean) and run this again" >&2; exit 1; }
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+train: setup ## train: make train ARGS='--help'
+	$(PY) -m ldm_ray.train $(ARGS)
+
+test: lint ## lint, then pytest: make test ARGS='-k name'
+	$(PY) -m pytest $(ARGS)
+
+lint: setup ## ruff, the format check and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy ldm_ray
+
+format: setup ## fix what ruff can and format the code
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Needs uv (any recent release). The pins of the torch family and Ray are in pyproject.toml, [tool.uv].
+lock: ## rewrite requirements.txt from pyproject.toml: make lock ARGS=--upgrade
+	@command -v $(UV) >/dev/null || { echo "make lock: uv not found; install it with: pip install uv" >&2; exit 1; }
+	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.10 --quiet \
+	  --no-header --no-emit-index-url --no-emit-find-links \
+	  --output-file requirements.txt $(ARGS)
+
+clean: ## remove .venv, caches and build products (outputs/ and hf_cache/ stay)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,95 @@
+"""Finding or starting Ray, and what the cluster has."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+
+from ldm_ray.devices import pick_device
+from ldm_ray.errors import ConfigError
+
+log = logging.getLogger(__name__)
+# Train releases each report when its controller polls: every 2 s by default, which would pace short epochs.
+POLL_S = "0.1"
+
+
+@contextlib.contextmanager
+def connected(device: str | None) -> Iterator[None]:
+    """Joins the cluster of RAY_ADDRESS, or starts Ray on this machine; leaves it at the end.
+
+    Raises ConfigError when a cluster was named and does not answer.
+    """
+    for name, value in {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_S,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS={address or 'local'}: {first}") from None
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def resources() -> tuple[int, int]:
+    """(CPU cores, GPUs) of all living nodes."""
+    total = ray.cluster_resources()
+    return max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0))
+
+
+def use_gpu(device: str | None) -> bool:
+    """Whether workers take a GPU each: where the cluster has any, unless the CPU is asked for.
+
+    Raises ConfigError when a device is asked for that is not there.
+    """
+    gpus = resources()[1]
+    if device == "cuda" and not gpus:
+        raise ConfigError("--device cuda: the Ray cluster has no GPU; leave --device out or use cpu")
+    if device == "mps":
+        pick_device("mps")
+    return device in (None, "cuda") and gpus > 0
+
+
+def check_shared(folder: Path) -> None:
+    """With several nodes, makes sure that all of them see the folder. ConfigError otherwise."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    mark = folder / ".seen-by-all-nodes"
+    mark.touch()
+
+    @ray.remote(num_cpus=0)
+    def sees(path: str) -> bool:
+        return Path(path).exists()
+
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    try:
+        asked = {
+            node["NodeManagerHostname"]: sees.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(str(mark))
+            for node in nodes
+        }
+        blind = [name for name, answer in asked.items() if not ray.get(answer)]
+    finally:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise ConfigError(f"--outdir {folder} is not seen by {', '.join(blind)}: name a folder that all nodes share")

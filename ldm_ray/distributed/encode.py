@@ -1,0 +1,142 @@
+"""Images to examples with Ray Data: an actor pool decodes the PNGs and runs the frozen encoder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.exceptions import RayError
+
+import ldm_ray
+from ldm_ray.checkpoint import AutoencoderCheckpoint
+from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_examples
+from ldm_ray.data.images import decode_png, to_float
+from ldm_ray.data.sources import ImageSource
+from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
+from ldm_ray.errors import DataError, LdmError
+from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.runs import examples_dir
+
+log = logging.getLogger(__name__)
+BLOCK_ROWS = 2048  # one block is one batch: what shares a batch never depends on the number of workers
+
+
+class Encoder:
+    """An actor: rows with encoded images in, rows with raw latents (or pixels) out."""
+
+    def __init__(self, shared: list[ray.ObjectRef], size: tuple[int, int], gpu: bool) -> None:
+        torch.set_num_threads(1)
+        codec: LatentCodec | None = ray.get(shared[0])
+        self.device = "cuda" if gpu else "cpu"
+        self.codec = codec.to(self.device) if codec else None
+        self.size = size
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        data = batch["image"].to_pylist()
+        index = batch["index"].to_pylist()
+        images = np.stack(
+            [decode_png(row["bytes"], self.size, f"image {number}") for row, number in zip(data, index, strict=True)]
+        )
+        if self.codec is None:
+            name, vectors = "pixels", images.reshape(len(images), -1)
+        else:
+            pixels = to_float(torch.from_numpy(images)[:, None].to(self.device))
+            name, vectors = "latent", self.codec.encode(pixels).cpu().numpy()
+        return pa.table({name: fixed_size(vectors), "label": batch["label"], "index": batch["index"]})
+
+
+def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
+    """What the examples follow from."""
+    return {
+        "autoencoder_sha256": autoencoder.sha256 if autoencoder else None,
+        "dataset": source.name if "/" not in source.name or not Path(source.name).is_absolute() else "folder",
+        "revision": source.revision,
+        "split": source.split,
+        "only_digit": source.only_digit,
+        "version": ldm_ray.__version__,
+    }
+
+
+def encode(
+    source: ImageSource,
+    autoencoder: AutoencoderCheckpoint | None,
+    outdir: Path,
+    workers: int | None = None,
+    device: str | None = None,
+) -> Path:
+    """The folder with the examples of a source: latents, or pixels without an autoencoder.
+
+    What is there already is reused. Raises DataError on an image that cannot be used.
+    """
+    identity = identity_of(source, autoencoder)
+    folder = examples_dir(outdir, fingerprint(identity))
+    what = "latents" if autoencoder else "pixels"
+    if is_complete(folder):
+        log.info("%s of %s images: reused from %s", what, f"{len(source):,}", folder)
+        return folder
+    check_shared(outdir)
+    cores, gpus = resources()
+    gpu = autoencoder is not None and use_gpu(device)
+    count = min(workers or (gpus if gpu else cores), max(1, -(-len(source) // BLOCK_ROWS)))
+    started = time.perf_counter()
+    table = run(source, autoencoder, count, gpu, what)
+    write_examples(folder, table, "latent" if autoencoder else "pixels", identity)
+    seconds = time.perf_counter() - started
+    log.info("%s of %s images written to %s in %.1f s", what, f"{len(source):,}", folder, seconds)
+    return folder
+
+
+def run(source: ImageSource, autoencoder: AutoencoderCheckpoint | None, count: int, gpu: bool, what: str) -> pa.Table:
+    """The Ray Data job; the result comes back in the order of the images, whatever the workers' order was."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    codec = None
+    if autoencoder:
+        codec = autoencoder.codec.with_statistics(LatentStatistics.identity(autoencoder.codec.latent_dim)).cpu()
+    blocks = [source.table.slice(start, BLOCK_ROWS) for start in range(0, len(source), BLOCK_ROWS)]
+    rows = ray.data.from_arrow(blocks).map_batches(
+        Encoder,
+        fn_constructor_args=([ray.put(codec)], source.image_size, gpu),
+        batch_size=BLOCK_ROWS,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count),
+        num_gpus=1 if gpu else 0,
+        num_cpus=None if gpu else 1,
+    )
+    parts: list[pa.Table] = []
+    columns = TextColumn(f"encoding {what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
+            shown = progress.add_task("", total=len(source))
+            for part in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+                parts.append(part)
+                progress.advance(shown, part.num_rows)
+    except RayError as error:
+        raise cause_of(error) from None
+    table = pa.concat_tables(parts).sort_by("index").combine_chunks()
+    if table.num_rows != len(source):
+        raise DataError(f"encoding returned {table.num_rows} rows of {len(source)}: run it again")
+    return table
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The user's mistake inside a Ray error, or the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, LdmError):
+            return type(seen)(str(seen).splitlines()[0]) if isinstance(error, RayError) else seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    text = str(error)
+    for kind in LdmError.__subclasses__():
+        marker = f"{kind.__module__}.{kind.__name__}: "
+        if marker in text:
+            return kind(text.rpartition(marker)[2].splitlines()[0])
+    return error

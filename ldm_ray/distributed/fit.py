@@ -1,0 +1,185 @@
+"""A training run on Ray Train, watched from the command that started it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+
+from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
+from ldm_ray.errors import LdmError
+from ldm_ray.training.fit import Job, Place, fit
+
+log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+WATCH_S = 0.2
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    torch.set_num_threads(settings["threads"])
+    context = ray.train.get_context()
+    device = torch.device("mps") if settings["mps"] else get_device()
+    world = context.get_world_size()
+    place = Place(context.get_world_rank(), world, device, prepare_model if world > 1 else lambda model: model)
+    fit(settings["job"], place, ray.train.report)
+
+
+def run(job: Job) -> int:
+    """Trains to the end; the command's exit code: 0, or 128 + the signal that stopped it.
+
+    Raises LdmError when training diverged or workers were lost too often.
+    """
+    paths, config = job.paths, job.config
+    check_shared(paths.outdir)
+    low, high = config.worker_range()
+    gpu = use_gpu(config.device)
+    cores = resources()[0]
+    threads = max(1, cores // high)
+    paths.runs.mkdir(parents=True, exist_ok=True)
+    paths.stop.unlink(missing_ok=True)
+    paths.diverged.unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "threads": threads, "mps": config.device == "mps"},
+        scaling_config=ScalingConfig(
+            num_workers=high if low == high else (low, high),
+            use_gpu=gpu,
+            resources_per_worker={"GPU": 1} if gpu else {"CPU": threads},
+        ),
+        run_config=RunConfig(
+            # Ray's own state resumes by name whatever the settings; ours is latest.pt, so the name is new each time
+            name=f"{paths.name}-{time.time_ns()}",
+            storage_path=str(paths.outdir / "ray"),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:  # told to the main thread
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    with StopRequest(paths.stop) as request:
+        thread.start()
+        Watch(job).until(thread)
+        code = 128 + request.received if request.received and not finished(job) else 0
+    if "error" in outcome:
+        raise failure(outcome["error"], job)
+    if paths.diverged.exists():
+        epoch = json.loads(paths.diverged.read_text())["epoch"]
+        raise LdmError(
+            f"training diverged in epoch {epoch}: the loss is not finite with --lr {config.lr:g}; take a smaller one"
+        )
+    return code
+
+
+class StopRequest:
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into the stop file; a second SIGINT ends at once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.received = file, 0
+
+    def __enter__(self) -> StopRequest:
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.file.unlink(missing_ok=True)
+
+    def ask(self, number: int, _: object) -> None:
+        if self.received and number == signal.SIGINT:
+            os._exit(130)
+        self.received = self.received or number
+        self.file.touch()
+        print(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
+
+
+class Watch:
+    """Prints a line for every epoch, and on a terminal a progress line in between."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.read, self.shown = job, 0, ""
+        if job.paths.metrics.exists():
+            self.read = len(job.paths.metrics.read_text().splitlines())
+
+    def until(self, thread: threading.Thread) -> None:
+        while thread.is_alive():
+            thread.join(WATCH_S)
+            self.look()
+        self.look()
+        self.line("")
+
+    def look(self) -> None:
+        paths, epochs = self.job.paths, self.job.config.epochs
+        lines = paths.metrics.read_text().splitlines() if paths.metrics.exists() else []
+        self.read = min(self.read, len(lines))
+        for line in lines[self.read :]:
+            self.line("")
+            log.info("%s", epoch_line(json.loads(line), epochs))
+        self.read = len(lines)
+        if sys.stderr.isatty() and paths.progress.exists():
+            now = json.loads(paths.progress.read_text())
+            left = time.strftime(
+                "%M:%S" if now["seconds_left"] < 3600 else "%H:%M:%S", time.gmtime(now["seconds_left"])
+            )
+            self.line(
+                f"epoch {now['epoch']}/{epochs}  step {now['step']}/{now['steps_per_epoch']}  "
+                f"loss {now['loss']:.4f}  {now['images_per_s']:,.0f} images/s  {left} left"
+            )
+
+    def line(self, text: str) -> None:
+        if text != self.shown:
+            print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
+            self.shown = text
+
+
+def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
+    """One epoch in words."""
+    return (
+        f"epoch {metrics['epoch']:>3}/{epochs}  train {metrics['train_loss']:.4f}  val {metrics['val_loss']:.4f}  "
+        f"{metrics['images_per_s']:>9,.0f} images/s  {metrics['seconds']:.1f} s"
+    )
+
+
+def last_metrics(file: Path) -> dict[str, Any] | None:
+    lines = file.read_text().splitlines() if file.exists() else []
+    return json.loads(lines[-1]) if lines else None
+
+
+def finished(job: Job) -> bool:
+    """Whether the last epoch is recorded."""
+    last = last_metrics(job.paths.metrics)
+    return bool(last) and last["epoch"] >= job.config.epochs  # type: ignore[index]
+
+
+def failure(error: BaseException, job: Job) -> BaseException:
+    """A worker's own LdmError as it is; anything else with how to go on."""
+    inner = getattr(error, "worker_failures", None) or {}
+    for cause in inner.values():
+        if isinstance(cause, LdmError):
+            return cause
+    job.paths.runs.joinpath("error.txt").write_text(str(error))
+    first = next((" ".join(str(cause).split())[:200] for cause in inner.values()), str(error).splitlines()[0][:200])
+    return LdmError(
+        f"training failed: {first} (all of it: {job.paths.runs / 'error.txt'}); "
+        "the last checkpoint is kept: go on with --auto-resume"
+    )

@@ -1,0 +1,172 @@
+"""From a configuration to a trained run: images → autoencoder → latents → denoiser. Each step once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_ray import checkpoint, runs
+from ldm_ray.checkpoint import AutoencoderCheckpoint
+from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig, cache_dir, outdir
+from ldm_ray.data.examples import read_examples
+from ldm_ray.data.images import write_bytes
+from ldm_ray.data.sources import ImageSource, load_source
+from ldm_ray.distributed import fit
+from ldm_ray.distributed.cluster import connected, use_gpu
+from ldm_ray.distributed.encode import encode, identity_of
+from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.runs import RunPaths
+from ldm_ray.training.fit import Job
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """paths of the run; code: 0, or 128 + the signal that stopped it."""
+
+    paths: RunPaths
+    code: int
+
+
+def train_autoencoder(config: AutoencoderConfig) -> Outcome:
+    """``python -m ldm_ray.train_autoencoder``: images → pixels (Ray Data) → autoencoder (Ray Train)."""
+    base = outdir(config.outdir)
+    runs.check_writable(base)
+    with connected(config.device):
+        use_gpu(config.device)
+        source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
+        return _fit_autoencoder(config, source, base)
+
+
+def train(config: TrainConfig) -> Outcome:
+    """``python -m ldm_ray.train``: images → latents (Ray Data) → denoiser (Ray Train).
+
+    Without an autoencoder anywhere, trains one first: Conv with a GPU, MLP without.
+    """
+    base = outdir(config.outdir)
+    runs.check_writable(base)
+    paths, content = resumed(config, base)
+    found = autoencoder_of(config, base, content)
+    with connected(config.device):
+        gpu = use_gpu(config.device)
+        source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
+        if found is None:
+            kind = "conv" if gpu else "mlp"
+            log.info("no autoencoder checkpoint found: training one first (%s)", kind)
+            shared = ("dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
+            settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
+            first = AutoencoderConfig(**settings, model=kind, outdir=str(base), auto_resume=config.auto_resume)
+            outcome = _fit_autoencoder(first, source, base)
+            if outcome.code:
+                return outcome
+            found = checkpoint.load_autoencoder(outcome.paths.latest)
+        log.info("autoencoder: %s (type %s, %d numbers)", found.path, found.codec.kind, found.codec.latent_dim)
+        if source.image_size != found.codec.image_size:
+            raise ConfigError(f"images are {source.image_size}, the autoencoder takes {found.codec.image_size}")
+        folder = encode(source, found, base, config.encode_workers, config.device)
+        if content is None:  # a resumed run keeps the statistics it began with
+            found = checkpoint.replace_codec(found, found.codec.with_statistics(read_examples(folder).statistics))
+        return _fit(config, source, folder, base, paths, content, found)
+
+
+def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: Path) -> Outcome:
+    paths, content = resumed(config, base)
+    folder = encode(source, None, base, config.encode_workers, config.device)
+    return _fit(config, source, folder, base, paths, content, None)
+
+
+def _fit(
+    config: RunConfig,
+    source: ImageSource,
+    folder: Path,
+    base: Path,
+    paths: RunPaths | None,
+    content: dict[str, Any] | None,
+    autoencoder: AutoencoderCheckpoint | None,
+) -> Outcome:
+    """Trains a new run, or goes on with the one of ``content``."""
+    data = identity_of(source, autoencoder)
+    if content is not None:
+        assert paths is not None
+        changed = [f"{key} {old} then, {data[key]} now" for key, old in content["data"].items() if data[key] != old]
+        if changed:
+            raise ConfigError(f"--auto-resume: {paths.name} was trained on other data ({'; '.join(changed)})")
+        state = content["training"]
+        if state["finished"] or state["epoch"] >= config.epochs:
+            log.info("%s: already finished with epoch %d; nothing left to do", paths.name, state["epoch"])
+            return Outcome(paths, 0)
+        log.info("going on with %s after epoch %d, step %d", paths.name, state["epoch"], state["step"])
+    paths = paths or runs.new_run(config, base)
+    record = {"config": config.to_dict(), "data": data, "examples": folder.name, "versions": checkpoint.versions()}
+    write_bytes(paths.config, json.dumps(record, indent=1).encode())
+    embedded = checkpoint.embed(autoencoder) if autoencoder else None
+    with log_file(paths.log):
+        log.info("run %s: %s images of %s", paths.name, f"{len(source):,}", source.name)
+        code = fit.run(Job(config, paths, folder, data, embedded))
+    return Outcome(paths, code)
+
+
+def resumed(config: RunConfig, base: Path) -> tuple[RunPaths | None, dict[str, Any] | None]:
+    """(paths, checkpoint) of the newest run of these settings under ``--auto-resume``, else (None, None).
+
+    Raises ConfigError when that run's configuration differs, with what differs.
+    """
+    paths = runs.newest_run(config, base) if config.auto_resume else None
+    if paths is None:
+        if config.auto_resume:
+            log.info("--auto-resume: no run %s-… in %s; starting a new one", runs.run_stem(config), base)
+        return None, None
+    content, _ = checkpoint.read(paths.latest)
+    if not isinstance(content.get("training"), dict):
+        raise CheckpointError(f"--auto-resume: {paths.latest} holds no training state")
+    if differing := config.differences(content["config"]):
+        raise ConfigError(
+            f"--auto-resume: {paths.name} has another configuration ({'; '.join(differing)}); "
+            "give the same settings, or leave --auto-resume out for a new run"
+        )
+    return paths, content
+
+
+def autoencoder_of(config: TrainConfig, base: Path, content: dict[str, Any] | None) -> AutoencoderCheckpoint | None:
+    """The autoencoder to use: the resumed run's own, the one given, or the newest found."""
+    given = checkpoint.load_autoencoder(Path(config.ae_ckpt).expanduser().absolute()) if config.ae_ckpt else None
+    if content is not None:
+        own = checkpoint.from_embedded(content.get("autoencoder"), Path("--auto-resume"))
+        if own is None:
+            raise CheckpointError("--auto-resume: the checkpoint carries no autoencoder")
+        if given and given.sha256 != own.sha256:
+            raise ConfigError(f"--auto-resume: the run has autoencoder {own.sha256}, --ae-ckpt is {given.sha256}")
+        return own
+    if given is None:
+        folder = Path(config.ae_ckpt_dir).expanduser().absolute() if config.ae_ckpt_dir else base
+        if config.ae_ckpt_dir and not folder.is_dir():
+            raise ConfigError(f"--ae-ckpt-dir {folder} is no folder")
+        given = runs.find_autoencoder(folder, config.only_digit)
+        if given is None and config.ae_ckpt_dir:
+            raise ConfigError(
+                f"--ae-ckpt-dir {folder} holds no autoencoder checkpoint that suits; name one by --ae-ckpt"
+            )
+    if given and given.only_digit not in (None, config.only_digit):
+        log.warning("WARNING: the autoencoder was trained on digit %s alone", given.only_digit)
+    return given
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Everything logged goes to the run's file as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("ldm_ray")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,86 @@
+"""Makes images with a trained checkpoint and writes them as one picture.
+
+python -m ldm_ray.infer                                  the newest checkpoint, 64 images
+python -m ldm_ray.infer --ckpt latest.pt --digit 7 --num-images 16 --output sevens.png
+python -m ldm_ray.infer --ckpt latest.pt --num-images 8 --show-process
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_ray import cli
+from ldm_ray.config import MAX_SEED, InferConfig, outdir
+from ldm_ray.errors import CheckpointError, ConfigError
+
+PROG = "python -m ldm_ray.infer"
+PROCESS_IMAGES = 8
+GIF_FRAMES = 40
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = cli.parse_config(InferConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    output = Path(config.output).expanduser()
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"--output {output} is to be a .png file")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; name a .png file in it")
+    if config.seed + config.num_images - 1 > MAX_SEED:
+        raise ConfigError(f"--seed {config.seed} with {config.num_images} images goes beyond the last seed, {MAX_SEED}")
+    from ldm_ray import runs
+    from ldm_ray.data.images import save_grid
+    from ldm_ray.devices import pick_device
+    from ldm_ray.generator import Generator
+
+    device = pick_device(config.device)
+    ckpt = Path(config.ckpt).expanduser() if config.ckpt else runs.newest_diffusion(outdir(config.outdir))
+    if ckpt is None:
+        raise ConfigError(
+            f"no checkpoint under {outdir(config.outdir)}: name one by --ckpt, or make one with python -m ldm_ray.train"
+        )
+    ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
+    generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, outdir(config.outdir)])
+    digit = config.digit if config.digit is not None else info.get("only_digit")
+    if info.get("only_digit") not in (None, digit):
+        raise CheckpointError(f"{ckpt} was trained on digit {info['only_digit']} alone, not on {digit}")
+    seeds = [config.seed + i for i in range(config.num_images)]
+    labels = [i % generator.denoiser.num_classes if digit is None else digit for i in range(config.num_images)]
+    images = generator(seeds, labels, config.guidance_scale)
+    text = {"checkpoint": generator.sha256, "seed": str(config.seed), "guidance_scale": str(config.guidance_scale)}
+    save_grid(images, output, text=text)
+    print(f"{config.num_images} images from {ckpt} in {output}")
+    if config.show_process:
+        count = min(PROCESS_IMAGES, config.num_images)
+        for made in show_process(generator, seeds[:count], labels[:count], config, output):
+            print(f"denoising of the first {count} in {made}")
+    return 0
+
+
+def show_process(generator: Any, seeds: list[int], labels: list[int], config: InferConfig, output: Path) -> list[Path]:
+    """Writes the strip (an image a row, least noise at the right) and the GIF."""
+    import torch
+
+    from ldm_ray.data.images import grid, save_gif, save_grid
+
+    frames: list[Any] = []
+    generator(seeds, labels, config.guidance_scale, watch=lambda step, x0_pred: frames.append(x0_pred))
+    images = [generator.decode(frames[i]) for i in spread(len(frames), max(config.process_steps, GIF_FRAMES))]
+    strip = [images[i] for i in spread(len(images), config.process_steps)]
+    beside = output.with_name(f"{output.stem}_process.png"), output.with_name(f"{output.stem}_process.gif")
+    save_grid(torch.stack(strip, dim=1).flatten(0, 1), beside[0], columns=len(strip))
+    save_gif([grid(image, columns=4) for image in images], beside[1])
+    return list(beside)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """``wanted`` positions (or all, where there are fewer) evenly from the first to the last."""
+    wanted = min(count, wanted)
+    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

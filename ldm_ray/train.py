@@ -1,0 +1,29 @@
+"""Trains a latent diffusion model: images → latents → denoiser, on Ray.
+
+  python -m ldm_ray.train                                  everything from nothing
+  python -m ldm_ray.train --dataset FOLDER --ae-ckpt ae.pt --generate-images
+  python -m ldm_ray.train --auto-resume                    go on where the last run stopped
+  python -m ldm_ray.train --only-digit 7 --num-workers 2
+
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop; the exit code is then 128 + the signal's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ldm_ray import cli
+from ldm_ray.config import TrainConfig
+
+PROG = "python -m ldm_ray.train"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = cli.parse_config(TrainConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    from ldm_ray.distributed.pipeline import train
+
+    return cli.close(train(config), PROG, "python -m ldm_ray.infer --ckpt")
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

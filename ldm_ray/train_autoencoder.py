@@ -1,0 +1,28 @@
+"""Trains an autoencoder: 28×28 images to a few numbers and back, on Ray.
+
+  python -m ldm_ray.train_autoencoder --model conv
+  python -m ldm_ray.train_autoencoder --model mlp --dataset FOLDER --generate-images
+  python -m ldm_ray.train_autoencoder --model mlp --auto-resume
+
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop; the exit code is then 128 + the signal's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ldm_ray import cli
+from ldm_ray.config import AutoencoderConfig
+
+PROG = "python -m ldm_ray.train_autoencoder"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = cli.parse_config(AutoencoderConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    from ldm_ray.distributed.pipeline import train_autoencoder
+
+    return cli.close(train_autoencoder(config), PROG, "python -m ldm_ray.train --ae-ckpt")
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)
