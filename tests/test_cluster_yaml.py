@@ -39,6 +39,11 @@ def test_head_runs_no_work_and_workers_have_a_gpu(cluster: dict[str, Any]) -> No
         assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
 
 
+def test_mounted_files_exist(cluster: dict[str, Any]) -> None:
+    for local in cluster["file_mounts"].values():
+        assert (ROOT / local).exists(), local
+
+
 def test_image_has_the_pinned_ray(cluster: dict[str, Any]) -> None:
     pins = dict(
         line.split("==")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class EMA:
@@ -23,5 +22,5 @@ class EMA:
     def update(self) -> None:
         """Takes the model's weights as they are now."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(cast("list[Tensor]", self._target), self._source, 1 - decay)
+        torch._foreach_lerp_(self._target, self._source, 1 - decay)
         self.updates += 1

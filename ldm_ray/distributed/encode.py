@@ -117,6 +117,7 @@ def run(source: ImageSource, autoencoder: AutoencoderCheckpoint | None, count: i
         with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
             shown = progress.add_task("", total=len(source))
             for part in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+                assert isinstance(part, pa.Table)
                 parts.append(part)
                 progress.advance(shown, part.num_rows)
     except RayError as error:

@@ -54,7 +54,7 @@ def run(job: Job) -> int:
         train_worker,
         train_loop_config={"job": job, "threads": threads, "mps": config.device == "mps"},
         scaling_config=ScalingConfig(
-            num_workers=high if low == high else (low, high),
+            num_workers=high if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker={"GPU": 1} if gpu else {"CPU": threads},
         ),

@@ -55,6 +55,7 @@ class LatentCodec(nn.Module):
     The statistics are buffers of its own; the autoencoder's weights are untouched by them.
     """
 
+    model: Any
     whitening: Tensor
     colouring: Tensor
     mean: Tensor
@@ -62,9 +63,10 @@ class LatentCodec(nn.Module):
     def __init__(self, model: nn.Module, kind: str, statistics: LatentStatistics | None = None) -> None:
         super().__init__()
         self.kind = kind
-        self.model: Any = model.requires_grad_(False).eval()
-        self.latent_dim: int = self.model.latent_dim
-        self.image_size: tuple[int, int] = self.model.image_size
+        network: Any = model.requires_grad_(False).eval()
+        self.model = network
+        self.latent_dim: int = network.latent_dim
+        self.image_size: tuple[int, int] = network.image_size
         self.statistics = statistics or LatentStatistics.identity(self.latent_dim)
         whitening, colouring = self.statistics.maps()
         self.register_buffer("whitening", whitening.float(), persistent=False)
