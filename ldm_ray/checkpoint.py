@@ -27,6 +27,7 @@ from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.safe_load import plain, read_torch_file, state_dict_of
 
 FORMAT_VERSION = 1
+MAX_TIMESTEPS = 100_000
 
 
 @dataclass(kw_only=True)
@@ -92,8 +93,8 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         needed = plain(content.get("versions"))
         needed = needed.get("ldm_ray", "a newer version") if isinstance(needed, dict) else "a newer version"
         raise CheckpointError(
-            f"checkpoint {path} has format {version}, this ldm_ray reads up to {FORMAT_VERSION}: "
-            f"install ldm_ray {needed}"
+            f"checkpoint {path} has format {version!r}, this ldm_ray reads up to {FORMAT_VERSION}: "
+            f"install ldm_ray {' '.join(str(needed).split())[:80]}"
         )
     for key in ("args", "config", "data", "schedule", "metrics", "versions"):
         content[key] = plain(content.get(key)) or {}
@@ -143,17 +144,16 @@ def load_diffusion(path: Path, ae_ckpt: Path | None = None, force: bool = False)
     args = content["args"] | content["schedule"]
     try:
         denoiser = Denoiser.from_state(state)
-    except (KeyError, RuntimeError, IndexError) as error:
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path}: the weights are not the denoiser's: {first}") from None
     try:
-        schedule = NoiseSchedule(
-            int(args.get("num_train_timesteps") or args.get("T") or 1000),
-            float(args.get("beta_start") or 1e-4),
-            float(args.get("beta_end") or 2e-2),
-        )
-    except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path}: {error}") from None
+        timesteps = int(args.get("num_train_timesteps") or args.get("T") or 1000)
+        if timesteps > MAX_TIMESTEPS:
+            raise ConfigError(f"T is at most {MAX_TIMESTEPS}, not {timesteps}")
+        schedule = NoiseSchedule(timesteps, float(args.get("beta_start") or 1e-4), float(args.get("beta_end") or 2e-2))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # ConfigError is a ValueError
+        raise CheckpointError(f"checkpoint {path}: T, beta_start or beta_end is unusable: {error}") from None
     autoencoder = from_embedded(content.get("autoencoder"), path)
     if ae_ckpt is not None:
         given, recorded = load_autoencoder(ae_ckpt), autoencoder
@@ -278,6 +278,7 @@ def _statistics(value: Any, latent_dim: int) -> LatentStatistics | None:
     if (
         not isinstance(mean, Tensor)
         or not isinstance(covariance, Tensor)
+        or any(part.layout != torch.strided or not part.is_floating_point() for part in (mean, covariance))
         or mean.shape != (latent_dim,)
         or covariance.shape != (latent_dim, latent_dim)
         or not bool(torch.isfinite(covariance).all() and torch.isfinite(mean).all())

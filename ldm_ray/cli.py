@@ -64,7 +64,7 @@ def parse_config(config: type[C], parser: argparse.ArgumentParser, argv: Sequenc
     add_flags(parser, config)
     given = vars(parser.parse_args(argv))
     path = given.pop("config")
-    values = dataclasses.asdict(config.from_dict(read_json(path), path)) if path else {}
+    values = config.by_field(read_json(path), path) if path else {}
     return config(**{**values, **given})
 
 
@@ -74,7 +74,7 @@ def read_json(path: str) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f'--config {path} is a JSON object of settings, such as {{"lr": 0.001}}')

@@ -49,9 +49,12 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
     if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
         raise ConfigError(f"{name} is a whole number, not {value!r}")
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"{name} is a finite number, not {value!r}")
-        value = float(value)
+        try:
+            given, value = value, float(value) if type(value) in (int, float) else math.nan
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise ConfigError(f"{name} is a finite number, not {given!r}")
     if kind is str:
         if not isinstance(value, (str, int, Path)) or isinstance(value, bool) or str(value) == "":
             raise ConfigError(f"{name} is a text that is not empty, not {value!r}")
@@ -80,6 +83,11 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Any:
         """Builds from flag names (``T``, ``batch-size``) or field names. ConfigError on unknown names."""
+        return cls(**cls.by_field(values, source))
+
+    @classmethod
+    def by_field(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """The values, unchecked, by the names of the fields. ConfigError on unknown names."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         by_flag = {flag_of(field).replace("-", "_"): name for name, field in fields.items()}
         found: dict[str, Any] = {}
@@ -90,7 +98,7 @@ class Config:
                 known = ", ".join(sorted(by_flag))
                 raise ConfigError(f"{source} has an unknown setting {key!r}; known are: {known}")
             found[name] = value
-        return cls(**found)
+        return found
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What differs from a recorded run in the settings that a resume may not change."""

@@ -100,6 +100,8 @@ def state_dict_of(value: Any, path: Path, what: str) -> dict[str, Tensor]:
             raise CheckpointError(f"checkpoint {path}: {what} entry {name!r} claims more than its storage holds")
         while name.startswith(("_orig_mod.", "module.")):
             name = name.partition(".")[2]
+        if name in state:
+            raise CheckpointError(f"checkpoint {path}: {what} entry {name!r} is there twice, under different prefixes")
         state[name] = tensor
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):

@@ -87,14 +87,13 @@ class Denoiser(nn.Module):
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Denoiser:
         """Builds the denoiser whose sizes the state dict has, with its weights. RuntimeError when they do not fit."""
-        model = cls(
-            latent_dim=state["in_proj.weight"].shape[1],
-            hidden_dim=state["in_proj.weight"].shape[0],
-            num_classes=state["class_emb.weight"].shape[0],
-            embedding_dim=state["time.fc1.weight"].shape[0],
-            sinusoid_dim=state["time.fc1.weight"].shape[1],
-        )
-        model.load_state_dict(dict(state))
+        hidden_dim, latent_dim = state["in_proj.weight"].shape
+        embedding_dim, sinusoid_dim = state["time.fc1.weight"].shape
+        if sinusoid_dim < 2 or sinusoid_dim % 2:
+            raise RuntimeError(f"time.fc1.weight has {sinusoid_dim} columns, not an even number of them")
+        with torch.device("meta"):  # no memory is taken for sizes that the other weights may not have
+            model = cls(latent_dim, hidden_dim, state["class_emb.weight"].shape[0], embedding_dim, sinusoid_dim)
+        model.load_state_dict({name: value.detach().clone() for name, value in state.items()}, assign=True)
         return model
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:

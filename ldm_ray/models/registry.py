@@ -52,7 +52,7 @@ def detect(state: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[str, int]
         raise CheckpointError(f"autoencoder type {args['model']!r} is unknown; registered are {', '.join(REGISTRY)}")
     seen = next((entry for entry in REGISTRY.values() if entry.latent_key in state), None)
     if seen is None:
-        keys = ", ".join(list(state)[:3]) or "none"
+        keys = ", ".join(repr(name[:80]) for name in list(state)[:3]) or "none"
         raise CheckpointError(
             f"the weights fit no registered autoencoder ({', '.join(REGISTRY)}); their first names are {keys}"
         )
@@ -63,7 +63,7 @@ def detect(state: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[str, int]
     if not 1 <= latent_dim <= MAX_LATENT_DIM:
         raise CheckpointError(f"latent size {latent_dim} is outside 1 to {MAX_LATENT_DIM}")
     if args.get("latent_dim") not in (None, latent_dim):
-        raise CheckpointError(f"the metadata says latent_dim {args['latent_dim']}, but the weights have {latent_dim}")
+        raise CheckpointError(f"the metadata says latent_dim {args['latent_dim']!r}, but the weights have {latent_dim}")
     return seen.name, latent_dim
 
 

@@ -1,0 +1,49 @@
+"""The mathematics knows nothing of Ray, and importing the package writes nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_RAY = ["config", "cli", "errors", "safe_load", "checkpoint", "runs", "generator", "devices"]
+WITHOUT_RAY_FOLDERS = ["data", "models", "diffusion", "training"]
+
+
+def modules() -> list[str]:
+    package = ROOT / "ldm_ray"
+    found = [f"ldm_ray.{name}" for name in WITHOUT_RAY]
+    for folder in WITHOUT_RAY_FOLDERS:
+        found += [f"ldm_ray.{folder}.{file.stem}" for file in sorted((package / folder).glob("[!_]*.py"))]
+    return found
+
+
+def python(code: str, folder: Path) -> str:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"SCRATCH": str(folder / "scratch"), "SLURM_TMPDIR": str(folder / "tmp")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_mathematics_does_not_import_ray_and_writes_nothing(tmp_path: Path) -> None:
+    names = modules()
+    assert len(names) > 20 and "ldm_ray.diffusion.samplers" in names
+    shown = python(
+        f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
+        "print([name for name in sys.modules if name.partition('.')[0] in ('ray', 'datasets', 'diffusers')])",
+        tmp_path,
+    )
+    assert shown == "[]\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_alone_imports_nothing_heavy(tmp_path: Path) -> None:
+    shown = python("import ldm_ray, sys; print(ldm_ray.__version__, {'torch', 'ray'} & set(sys.modules))", tmp_path)
+    assert shown.split()[1] == "set()" and shown[0].isdigit()
+    assert list(tmp_path.iterdir()) == []
