@@ -3,9 +3,8 @@
   python benchmarks/pipeline.py                                  every part
   python benchmarks/pipeline.py --only loop encode --dataset FOLDER --ae-ckpt ae.pt
 
-Each part measures its variants in turn, ``--repeats`` times, and prints medians, and the median and the
-range of the ratios. Only ratios of one run can be compared between machines. Nothing passes or fails here.
-Without ``--ae-ckpt`` an MLP with random weights stands in: speed does not depend on what it learned.
+Each part measures its variants in turn, ``--repeats`` times, and prints medians with the ratios' median and
+range. Nothing passes or fails here. Without ``--ae-ckpt`` an MLP with random weights stands in.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,14 @@ class Bench:
 
     def command(self, name: str, module: str, *flags: str) -> float:
         """Seconds that a command takes from start to exit; its peak memory goes to ``peaks``."""
-        file = self.scratch / "peak"
-        environment = os.environ | {"PEAK_FILE": str(file)}
+        environment = os.environ | {"PEAK_FILE": str(self.scratch / "peak")}
         call = [sys.executable, "-c", MEASURED, module, *flags]
         started = time.perf_counter()
         done = subprocess.run(call, cwd=self.scratch, env=environment, capture_output=True, text=True)
         seconds = time.perf_counter() - started
         if done.returncode:
             raise SystemExit(f"{module} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        self.peaks.setdefault(name, []).append(float(file.read_text()))
+        self.peaks.setdefault(name, []).append(float((self.scratch / "peak").read_text()))
         return seconds
 
     def train(self) -> tuple[float, list[dict[str, Any]]]:
@@ -109,21 +108,19 @@ def loop(bench: Bench) -> None:
     from ldm_ray.distributed.cluster import connected, resources, use_gpu
     from ldm_ray.distributed.encode import encode as encoded
 
-    base = bench.scratch / "loop"
-    where = {"dataset": bench.dataset, "ae_ckpt": str(bench.ae_ckpt), "outdir": str(base)}
+    where = {"dataset": bench.dataset, "ae_ckpt": str(bench.ae_ckpt), "outdir": str(bench.scratch / "loop")}
     found = load_autoencoder(bench.ae_ckpt)
     with connected(None):
-        device = torch.device("cuda" if use_gpu(None) else "cpu")
+        device = "cuda" if use_gpu(None) else "cpu"
         torch.set_num_threads(resources()[0])  # as the one worker has
-        examples = read_examples(encoded(bench.source(), found, base))
+        examples = read_examples(encoded(bench.source(), found, bench.scratch / "loop"))
         codec = found.codec.with_statistics(examples.statistics)
         for amp in (False, True):
             config = TrainConfig(**where, cache_dir=str(bench.scratch), epochs=bench.epochs + 1, amp=amp)
             rows = examples.take(split(examples, config.val_fraction)[0])
             data, labels, metrics = codec.whiten(rows.vectors).to(device), rows.labels.to(device), []
             bare = partial(lambda *given: len(given[0]) / timed(bare_epoch(*given), bench.epochs), data, labels, config)
-            ray = partial(through_ray, config, metrics)
-            rates = in_turn({"bare": bare, "ray train": ray}, bench.repeats)
+            rates = in_turn({"bare": bare, "ray train": partial(through_ray, config, metrics)}, bench.repeats)
             # and validation: from the end of one epoch to the end of the next
             rates["with checkpoint, records"] = [len(rows) / epoch_seconds(lines) for lines in metrics]
             show("loop amp" if amp else "loop fp32", rates, "images/s")
@@ -143,15 +140,14 @@ def bare_epoch(data: Tensor, labels: Tensor, config: TrainConfig) -> Callable[[]
     device = data.device
     model, noiser = Denoiser(data.shape[1], config.hidden_dim).to(device), Noiser(NoiseSchedule(), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    context, scaler = autocast(device, config.amp)
+    (context, scaler), dropout = autocast(device, config.amp), config.label_dropout
     generator = torch.Generator(device).manual_seed(config.seed)
 
     def epoch() -> None:
         total = torch.zeros((), device=device)
         for rows in torch.randperm(len(data)).to(device).split(config.batch_size):
             with context:
-                hidden = model.null_label, config.label_dropout
-                loss = epsilon_loss(model, noiser, data[rows], labels[rows], *hidden, generator)
+                loss = epsilon_loss(model, noiser, data[rows], labels[rows], model.null_label, dropout, generator)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -184,10 +180,10 @@ def encode(bench: Bench) -> None:
 
 def bare_encode(source: ImageSource, autoencoder: checkpoint.AutoencoderCheckpoint, gpu: bool) -> Tensor:
     device, made = "cuda" if gpu else "cpu", []
-    codec = autoencoder.codec.to(device)
     for batch in source.table.to_batches(max_chunksize=2048):
         images = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in batch["image"].to_pylist()]
-        made.append(codec.encode(to_float(torch.from_numpy(np.stack(images))[:, None].to(device))).cpu())
+        pixels = to_float(torch.from_numpy(np.stack(images))[:, None].to(device))
+        made.append(autoencoder.codec.to(device).encode(pixels).cpu())
     return torch.cat(made)
 
 
@@ -195,11 +191,10 @@ def train(bench: Bench) -> None:
     """The command from start to exit, with encoding, and what of it the epochs are."""
     runs = [bench.train() for _ in range(bench.repeats)]
     wall = statistics.median(seconds for seconds, _ in runs)
-    line = f"train, {bench.epochs} epochs: {wall:.1f} s from start to exit"
+    print(f"train\n  {bench.epochs} epochs, start to exit {wall:>12.2f} s", flush=True)
     if bench.epochs > 1:
         epoch = statistics.median(epoch_seconds(lines) for _, lines in runs)
-        line += f", {epoch:.2f} s per epoch, {wall - bench.epochs * epoch:.1f} s besides the epochs"
-    print(line, flush=True)
+        print(f"  a whole epoch           {epoch:>12.2f} s; {wall - bench.epochs * epoch:.1f} s besides the epochs")
 
 
 def autoencoder(bench: Bench) -> None:
@@ -224,17 +219,13 @@ def autoencoder(bench: Bench) -> None:
 
 def infer(bench: Bench) -> None:
     """With T = 2 there is next to no sampling: what is left is the cold start."""
-    ways = {"import torch": partial(bench.command, "import torch", "torch"), "cold start": lambda: bench.infer(2)}
-    ways["64 images, T = 1000"] = lambda: bench.infer(1000)
-    seconds = in_turn(ways, bench.repeats)
-    show("infer", seconds, "s")
+    ways = {"import torch": partial(bench.command, "import torch", "torch"), "cold start": partial(bench.infer, 2)}
+    show("infer", in_turn(ways | {"64 images, T = 1000": partial(bench.infer, 1000)}, bench.repeats), "s")
 
 
 def memory(bench: Bench) -> None:
     """Peak resident memory of the command's own process; Ray's worker processes are not in it."""
-    bench.command("import torch", "torch")
-    bench.infer(2)
-    bench.train()
+    _ = bench.command("import torch", "torch"), bench.infer(2), bench.train()
     base = statistics.median(bench.peaks["import torch"])
     print("memory")
     for name, values in bench.peaks.items():
@@ -246,12 +237,11 @@ PARTS: dict[str, Any] = {part.__name__: part for part in (loop, encode, train, a
 
 def timed(work: Callable[[], object], times: int, warm: int = 1) -> float:
     """Median seconds of some calls, after ``warm`` that do not count."""
-    seconds = []
+    moments = [time.perf_counter()]
     for _ in range(warm + times):
-        started = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[warm:])
+        moments.append(time.perf_counter())
+    return statistics.median(after - before for before, after in itertools.pairwise(moments[warm:]))
 
 
 def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -268,8 +258,8 @@ def show(title: str, figures: dict[str, list[float]], unit: str) -> None:
     (first, base), *_ = figures.items()
     print(title)
     for name, values in figures.items():
-        ratios = sorted(value / other for value, other in zip(values, base, strict=True))
-        middle, digits = statistics.median(values), 0 if statistics.median(values) > 100 else 2
+        ratios, middle = sorted(map(truediv, values, base)), statistics.median(values)
+        digits = 0 if middle > 100 else 2
         line = f"  {name:<24}{middle:>12,.{digits}f} {unit}"
         if name != first:
             line += f"  {statistics.median(ratios):.2f} × {first} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
@@ -295,13 +285,11 @@ def main() -> None:
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="ldm-ray-bench-") as folder:
-        scratch, ckpt = Path(folder), given.ae_ckpt
-        if ckpt is None:
-            ckpt, config = scratch / "autoencoder.pt", AutoencoderConfig()
-            model = registry.build(config.model, config.latent_dim)
-            checkpoint.write(ckpt, checkpoint.autoencoder_content(model, config.model, config.to_dict()))
+        ckpt = given.ae_ckpt or Path(folder) / "autoencoder.pt"
+        if not given.ae_ckpt:
+            checkpoint.write(ckpt, checkpoint.autoencoder_content(registry.build("mlp", 16), "mlp", {}))
         dataset = str(Path(given.dataset).absolute()) if Path(given.dataset).is_dir() else given.dataset
-        bench = Bench(dataset, ckpt.absolute(), scratch, given.repeats, given.epochs)
+        bench = Bench(dataset, ckpt.absolute(), Path(folder), given.repeats, given.epochs)
         print(f"{os.cpu_count()} cores, {torch.cuda.device_count()} GPUs, torch {torch.__version__}", flush=True)
         for name in given.only:
             PARTS[name](bench)

@@ -28,6 +28,7 @@ from ldm_ray.safe_load import plain, read_torch_file, state_dict_of
 
 FORMAT_VERSION = 1
 MAX_TIMESTEPS = 100_000
+SUMMARY = ("format_version", "epoch", "global_step", "train_loss", "val_loss", "data", "config", "args", "versions")
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,10 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
             f"checkpoint {path} has format {version!r}, this ldm_ray reads up to {FORMAT_VERSION}: "
             f"install ldm_ray {' '.join(str(needed).split())[:80]}"
         )
+    try:
+        content |= {key: plain(content[key]) for key in (*SUMMARY, "exp_name") if key in content}
+    except RecursionError:
+        raise CheckpointError(f"checkpoint {path}: its metadata is nested without end") from None
     for key in ("args", "config", "data", "schedule", "metrics", "versions"):
         content[key] = plain(content.get(key)) or {}
         if not isinstance(content[key], dict):
@@ -111,8 +116,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:
     """The metadata worth showing."""
-    keys = ("format_version", "epoch", "global_step", "train_loss", "val_loss", "data", "config", "args", "versions")
-    found = {key: plain(content[key]) for key in keys if content.get(key) not in (None, {})}
+    found = {key: plain(content[key]) for key in SUMMARY if content.get(key) not in (None, {})}
     return found | {"exp_name": str(content["exp_name"])} if content.get("exp_name") else found
 
 

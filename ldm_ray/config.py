@@ -6,6 +6,7 @@ Every command-line flag, its default, its bounds and its help text is a field he
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -49,10 +50,10 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
     if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
         raise ConfigError(f"{name} is a whole number, not {value!r}")
     if kind is float:
-        try:
-            given, value = value, float(value) if type(value) in (int, float) else math.nan
-        except OverflowError:
-            value = math.inf
+        given, value = value, math.nan
+        if isinstance(given, (int, float)) and not isinstance(given, bool):
+            with contextlib.suppress(OverflowError):  # a whole number too large for a float
+                value = float(given)
         if not math.isfinite(value):
             raise ConfigError(f"{name} is a finite number, not {given!r}")
     if kind is str:

@@ -83,12 +83,14 @@ def test_existing_denoiser_makes_the_digits_it_is_asked_for(shared: Shared) -> N
     images = generator([1, 2, 3, 4], [0, 1, 0, 1])
     assert images.shape == (4, 1, 28, 28) and images.dtype == torch.uint8
     ink = to_float(images).mean(dim=(1, 2, 3))
-    assert 0.05 < ink.mean() < 0.25 and bool((ink[[0, 2]].mean() > 1.3 * ink[[1, 3]].mean()))  # MNIST: 0.13; 0 has 2× 1
+    assert 0.05 < ink.mean() < 0.25 and bool(
+        ink[[0, 2]].mean() > 1.3 * ink[[1, 3]].mean()
+    )  # MNIST: 0.13; a 0 has 2× a 1
     assert len({image.numpy().tobytes() for image in images}) == 4
 
 
 def test_the_wrong_autoencoder_for_an_existing_denoiser_is_refused(shared: Shared) -> None:
-    with pytest.raises(CheckpointError, match="is of type conv, but .* needs mlp"):
+    with pytest.raises(CheckpointError, match=r"is of type conv, but .* needs mlp"):
         checkpoint.load_diffusion(shared.checkpoints / "latent-diffusion.pt", shared.checkpoints / "ae-conv.pt")
     with pytest.raises(CheckpointError, match="carries no autoencoder: name the ae-mlp checkpoint"):
         Generator.open(shared.checkpoints / "latent-diffusion.pt")

@@ -225,7 +225,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, digits_folder: Path) -> No
 
 def test_a_digit_that_is_not_there(tmp_path: Path) -> None:
     write(tmp_path, image=column(png(L)), label=[3])
-    with pytest.raises(DataError, match="--only-digit 4: .* has no such image"):
+    with pytest.raises(DataError, match=r"--only-digit 4: .* has no such image"):
         load_source(str(tmp_path), "train", tmp_path, only_digit=4)
 
 

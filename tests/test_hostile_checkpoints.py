@@ -52,6 +52,9 @@ def autoencoder_refusal(tmp_path: Path, content: Any) -> str:
     return refusal(load_autoencoder, tmp_path / "a.pt")
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:Validating sparse tensor")
+
+
 @pytest.mark.parametrize("place", ["args", "model", "optimizer", "exp_name"])
 @pytest.mark.parametrize("old_format", [False, True], ids=["zip", "old"])
 def test_os_system_is_named_and_never_run(tmp_path: Path, place: str, old_format: bool) -> None:
@@ -181,6 +184,13 @@ WRONG_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"format_version": FORMAT_VERSION + 1}, "install ldm_ray a newer version"),
     ({"format_version": "two\nlines"}, f"reads up to {FORMAT_VERSION}"),
 ]
+
+
+def test_metadata_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {}
+    endless["again"] = endless
+    for key in ("args", "config", "epoch", "exp_name"):
+        assert "nested without end" in autoencoder_refusal(tmp_path, {"model": weights(), key: endless})
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG_METADATA, ids=[words for _, words in WRONG_METADATA])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -55,7 +56,7 @@ def test_autoencoder_names_are_the_file_format(kind: str, names: list[str]) -> N
 
 def test_autoencoder_sizes() -> None:
     widths = [784, 512, 256, 128, 16, 128, 256, 512, 784]
-    assert count(registry.build("mlp", 16)) == sum(a * b + b for a, b in zip(widths, widths[1:], strict=False))
+    assert count(registry.build("mlp", 16)) == sum(a * b + b for a, b in itertools.pairwise(widths))
     shapes = {name: tuple(value.shape) for name, value in registry.build("conv", 16).state_dict().items()}
     assert shapes["encoder.fc.1.weight"] == (128, 2048) and shapes["encoder.fc.3.weight"] == (16, 128)
     assert shapes["decoder.fc.0.weight"] == (128, 16) and shapes["decoder.fc.2.weight"] == (2048, 128)
@@ -71,7 +72,7 @@ def test_autoencoder_shapes_and_range(kind: str, latent_dim: int, images: torch.
     model = registry.build(kind, latent_dim)
     assert model.encoder(images).shape == (64, latent_dim)
     made = model(images)
-    assert made.shape == images.shape and 0 <= made.min() and made.max() <= 1
+    assert made.shape == images.shape and made.min() >= 0 and made.max() <= 1
     torch.testing.assert_close(made, model.logits(images).sigmoid())
 
 
@@ -227,7 +228,7 @@ def test_detection_order_and_refusals() -> None:
             assert registry.detect(state, said) == (kind, 16)
         with pytest.raises(CheckpointError, match=f"'{other}'.*'{kind}'"):
             registry.detect(state, {"model": f"ae-{other}"})
-        with pytest.raises(CheckpointError, match="latent_dim 8.*have 16"):
+        with pytest.raises(CheckpointError, match=r"latent_dim 8.*have 16"):
             registry.detect(state, {"latent_dim": 8})
     for refuse in (lambda: registry.detect({}, {"model": "vae"}), lambda: registry.build("vae", 16)):
         with pytest.raises(CheckpointError, match="'vae' is unknown; registered are conv, mlp"):

@@ -53,7 +53,8 @@ class Fitter:
         self.generator = torch.Generator(device)
         self.epoch = 0  #       finished epochs
         self.step = 0  #        finished steps of the epoch after them
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of those steps
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros((), dtype=exact, device=device)  # of those steps
 
     @property
     def averaged(self) -> nn.Module:
@@ -101,7 +102,7 @@ class Fitter:
         self.scaler.update()
         if self.ema:
             self.ema.update()
-        return loss.detach().double()
+        return loss.detach()
 
     def end_epoch(self) -> float:
         """The epoch's mean training loss on this worker; the next epoch begins."""
