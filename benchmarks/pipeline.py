@@ -38,7 +38,7 @@ from ldm_ray.config import AutoencoderConfig, TrainConfig
 from ldm_ray.data.examples import read_examples, split
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, load_source
-from ldm_ray.devices import autocast
+from ldm_ray.devices import autocast, pick_device
 from ldm_ray.diffusion.objective import epsilon_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.models import registry
@@ -121,8 +121,7 @@ def loop(bench: Bench) -> None:
             data, labels, metrics = codec.whiten(rows.vectors).to(device), rows.labels.to(device), []
             bare = partial(lambda *given: len(given[0]) / timed(bare_epoch(*given), bench.epochs), data, labels, config)
             rates = in_turn({"bare": bare, "ray train": partial(through_ray, config, metrics)}, bench.repeats)
-            # and validation: from the end of one epoch to the end of the next
-            rates["with checkpoint, records"] = [len(rows) / epoch_seconds(lines) for lines in metrics]
+            rates["with validation, saving"] = [len(rows) / epoch_seconds(lines) for lines in metrics]
             show("loop amp" if amp else "loop fp32", rates, "images/s")
 
 
@@ -130,13 +129,15 @@ def through_ray(config: TrainConfig, metrics: list[Any]) -> float:
     """Images per second of a run's epochs from the second on; its records go to ``metrics``."""
     from ldm_ray.distributed import pipeline
 
-    metrics.append(jsonl(pipeline.train(config).paths.metrics))
+    outcome = pipeline.train(config)
+    if outcome.code:  # a signal came
+        raise SystemExit(outcome.code)
+    metrics.append(jsonl(outcome.paths.metrics))
     return statistics.median(line["images_per_s"] for line in metrics[-1][1:])
 
 
 def bare_epoch(data: Tensor, labels: Tensor, config: TrainConfig) -> Callable[[], None]:
     """An epoch as one would write it by hand: no Ray, no averaged weights, no clipping, no resume."""
-    torch.manual_seed(config.seed)
     device = data.device
     model, noiser = Denoiser(data.shape[1], config.hidden_dim).to(device), Noiser(NoiseSchedule(), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
@@ -199,10 +200,10 @@ def train(bench: Bench) -> None:
 
 def autoencoder(bench: Bench) -> None:
     """Steps of 128 images, without Ray, on real images."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(None)
     table = bench.source().table.slice(0, 4096)
     pixels = torch.from_numpy(np.stack([decode_png(row["bytes"]) for row in table["image"].to_pylist()]))[:, None]
-    labels = torch.from_numpy(table["label"].to_numpy().copy())
+    labels = torch.tensor(table["label"].to_pylist())
 
     def rate(model: str, amp: bool) -> float:
         config = AutoencoderConfig(model=model, amp=amp, epochs=1000)
@@ -226,7 +227,7 @@ def infer(bench: Bench) -> None:
 def memory(bench: Bench) -> None:
     """Peak resident memory of the command's own process; Ray's worker processes are not in it."""
     _ = bench.command("import torch", "torch"), bench.infer(2), bench.train()
-    base = statistics.median(bench.peaks["import torch"])
+    base = max(bench.peaks["import torch"])
     print("memory")
     for name, values in bench.peaks.items():
         print(f"  {name:<24}{max(values):>12,.0f} MiB  {max(values) / base:.2f} × import torch")
@@ -255,12 +256,11 @@ def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, lis
 
 def show(title: str, figures: dict[str, list[float]], unit: str) -> None:
     """A line for each way, with its ratio to the first."""
-    (first, base), *_ = figures.items()
+    first, base = next(iter(figures.items()))
     print(title)
     for name, values in figures.items():
         ratios, middle = sorted(map(truediv, values, base)), statistics.median(values)
-        digits = 0 if middle > 100 else 2
-        line = f"  {name:<24}{middle:>12,.{digits}f} {unit}"
+        line = f"  {name:<24}{middle:>12,.{0 if middle > 100 else 2}f} {unit}"
         if name != first:
             line += f"  {statistics.median(ratios):.2f} × {first} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
         print(line, flush=True)
