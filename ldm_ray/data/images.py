@@ -62,12 +62,17 @@ def encode_png(image: np.ndarray, text: dict[str, str] | None = None) -> bytes:
 
 
 def grid(images: Tensor, columns: int | None = None) -> np.ndarray:
-    """(N, 1, H, W) uint8 to one (H', W') uint8 picture, as torchvision's make_grid with padding 2."""
-    from torchvision.utils import make_grid
-
-    count = images.shape[0]
-    columns = columns or min(count, max(1, round(count**0.5)))
-    return make_grid(images, nrow=columns, padding=2)[0].cpu().numpy()
+    """(N, 1, H, W) uint8 to one (H', W') uint8 picture, as torchvision's make_grid with padding 2
+    lays it out (a single image has no border). Written out here because importing torchvision takes over a second."""
+    count, _, height, width = images.shape
+    if count == 1:
+        return images[0, 0].cpu().numpy()
+    columns = min(count, columns or max(1, round(count**0.5)))
+    picture = np.zeros((-(-count // columns) * (height + 2) + 2, columns * (width + 2) + 2), dtype=np.uint8)
+    for i, image in enumerate(images[:, 0].cpu().numpy()):
+        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        picture[top : top + height, left : left + width] = image
+    return picture
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None, text: dict[str, str] | None = None) -> None:

@@ -29,6 +29,7 @@ def connected(device: str | None) -> Iterator[None]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ prints notes on actor restarts into the progress
     }.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")

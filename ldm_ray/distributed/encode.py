@@ -97,6 +97,7 @@ def run(source: ImageSource, autoencoder: AutoencoderCheckpoint | None, count: i
     """The Ray Data job; the result comes back in the order of the images, whatever the workers' order was."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    cores, gpus = resources()
     codec = None
     if autoencoder:
         codec = autoencoder.codec.with_statistics(LatentStatistics.identity(autoencoder.codec.latent_dim)).cpu()
@@ -107,7 +108,7 @@ def run(source: ImageSource, autoencoder: AutoencoderCheckpoint | None, count: i
         batch_size=BLOCK_ROWS,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count),
+        compute=ray.data.ActorPoolStrategy(min_size=min(count, gpus if gpu else cores), max_size=count),
         num_gpus=1 if gpu else 0,
         num_cpus=None if gpu else 1,
     )

@@ -95,9 +95,9 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
                 save(task, fitter, job, best, {}, epoch_file=False)
             report({"stopped": True, "epoch": fitter.epoch, "step": fitter.step})
             return
-        seconds = time.perf_counter() - started
         images = (fitter.steps_per_epoch - from_step) * config.batch_size
-        train_loss = average(fitter.end_epoch(), place)
+        train_loss = average(fitter.end_epoch(), place)  # reads the loss, so the device has finished
+        seconds = time.perf_counter() - started
         metrics: dict[str, Any] = {"epoch": fitter.epoch, "train_loss": train_loss}
         if first and math.isfinite(train_loss):
             metrics |= {
