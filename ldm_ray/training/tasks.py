@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +25,31 @@ from ldm_ray.models.denoiser import Denoiser
 WARM_UP = 0.05  # share of an autoencoder's steps
 
 
-class Task:
+class Task(ABC):
     """model is trained through ``loss(forward, …)``, where forward is the model or its DDP wrapper."""
 
     model: nn.Module
     ema_decay = 0.0
 
+    @abstractmethod
     def prepare(self, examples: Examples) -> Tensor:
         """The examples as the training tensor (N, …)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
+        """The mean loss of a batch (B, …) with labels (B,); all randomness is the generator's."""
 
     def lr_factor(self, progress: float) -> float:
         """Share of the learning rate after this share of all steps."""
         return 1.0
 
+    @abstractmethod
     def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
         """The checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
         """Writes what the model makes now; batch is held-out data."""
-        raise NotImplementedError
 
 
 class AutoencoderTask(Task):
