@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def connected(device: str | None) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
+            with silent_stderr():  # its C++ announces the log level set above
+                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             first = " ".join(str(error).split())[:200]
             raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS={address or 'local'}: {first}") from None
@@ -47,6 +49,20 @@ def connected(device: str | None) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Sends what native code writes to standard error nowhere; exceptions still tell what failed."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def resources() -> tuple[int, int]:
