@@ -110,7 +110,7 @@ def loop(bench: Bench) -> None:
 
     where = {"dataset": bench.dataset, "ae_ckpt": str(bench.ae_ckpt), "outdir": str(bench.scratch / "loop")}
     found = load_autoencoder(bench.ae_ckpt)
-    with connected(None):
+    with connected():
         device = "cuda" if use_gpu(None) else "cpu"
         torch.set_num_threads(resources()[0])  # as the one worker has
         examples = read_examples(encoded(bench.source(), found, bench.scratch / "loop"))
@@ -165,7 +165,7 @@ def encode(bench: Bench) -> None:
     from ldm_ray.distributed.encode import BLOCK_ROWS, run
 
     source, autoencoder = bench.source(), load_autoencoder(bench.ae_ckpt)
-    with connected(None):
+    with connected():
         cores, gpus = resources()
         gpu = use_gpu(None)
         count = min(gpus if gpu else cores, -(-len(source) // BLOCK_ROWS))

@@ -7,7 +7,6 @@ Own format 1: one ``torch.save``d dictionary with the existing top-level keys (`
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import os
@@ -294,8 +293,3 @@ def _statistics(value: Any, latent_dim: int) -> LatentStatistics | None:
 def cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A plain copy of a state dict on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-
-
-def replace_codec(autoencoder: AutoencoderCheckpoint, codec: LatentCodec) -> AutoencoderCheckpoint:
-    """The same autoencoder with another codec (other statistics)."""
-    return dataclasses.replace(autoencoder, codec=codec)

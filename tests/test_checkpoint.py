@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import re
@@ -46,7 +47,7 @@ def statistics(dim: int = 16) -> LatentStatistics:
 def diffusion_file(tmp_path: Path, ae_file: Path) -> Path:
     """A denoiser in the project's own format, with whitened latents."""
     autoencoder = checkpoint.load_autoencoder(ae_file)
-    autoencoder = checkpoint.replace_codec(autoencoder, autoencoder.codec.with_statistics(statistics()))
+    autoencoder = dataclasses.replace(autoencoder, codec=autoencoder.codec.with_statistics(statistics()))
     model, ema = Denoiser(hidden_dim=32), Denoiser(hidden_dim=32)
     for number, weight in enumerate(ema.parameters()):
         torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))

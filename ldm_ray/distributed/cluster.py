@@ -20,7 +20,7 @@ POLL_S = "0.1"
 
 
 @contextlib.contextmanager
-def connected(device: str | None) -> Iterator[None]:
+def connected() -> Iterator[None]:
     """Joins the cluster of RAY_ADDRESS, or starts Ray on this machine; leaves it at the end.
 
     Raises ConfigError when a cluster was named and does not answer.

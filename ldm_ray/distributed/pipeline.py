@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def train_autoencoder(config: AutoencoderConfig) -> Outcome:
     """``python -m ldm_ray.train_autoencoder``: images → pixels (Ray Data) → autoencoder (Ray Train)."""
     base = outdir(config.outdir)
     runs.check_writable(base)
-    with connected(config.device):
+    with connected():
         use_gpu(config.device)
         source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
         return _fit_autoencoder(config, source, base)
@@ -53,7 +54,7 @@ def train(config: TrainConfig) -> Outcome:
     runs.check_writable(base)
     paths, content = resumed(config, base)
     found = autoencoder_of(config, base, content)
-    with connected(config.device):
+    with connected():
         gpu = use_gpu(config.device)
         source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
         if found is None:
@@ -71,7 +72,7 @@ def train(config: TrainConfig) -> Outcome:
             raise ConfigError(f"images are {source.image_size}, the autoencoder takes {found.codec.image_size}")
         folder = encode(source, found, base, config.encode_workers, config.device)
         if content is None:  # a resumed run keeps the statistics it began with
-            found = checkpoint.replace_codec(found, found.codec.with_statistics(read_examples(folder).statistics))
+            found = dataclasses.replace(found, codec=found.codec.with_statistics(read_examples(folder).statistics))
         return _fit(config, source, folder, base, paths, content, found)
 
 
