@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import ldm_ray
+from ldm_ray.diffusion.prediction import PREDICTION_TYPES
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models import registry
@@ -49,6 +50,7 @@ class DiffusionCheckpoint:
     denoiser: Denoiser
     schedule: NoiseSchedule
     autoencoder: AutoencoderCheckpoint | None
+    prediction_type: str
     path: str
     sha256: str
     info: dict[str, Any] = field(default_factory=dict)
@@ -157,6 +159,12 @@ def load_diffusion(path: Path, ae_ckpt: Path | None = None, force: bool = False)
         schedule = NoiseSchedule(timesteps, float(args.get("beta_start") or 1e-4), float(args.get("beta_end") or 2e-2))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # ConfigError is a ValueError
         raise CheckpointError(f"checkpoint {path}: T, beta_start or beta_end is unusable: {error}") from None
+    prediction_type = content.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise CheckpointError(
+            f"checkpoint {path}: prediction type {str(prediction_type)[:40]!r} is unknown; known are "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
     autoencoder = from_embedded(content.get("autoencoder"), path)
     if ae_ckpt is not None:
         given, recorded = load_autoencoder(ae_ckpt), autoencoder
@@ -180,6 +188,7 @@ def load_diffusion(path: Path, ae_ckpt: Path | None = None, force: bool = False)
         denoiser=denoiser.eval().requires_grad_(False),
         schedule=schedule,
         autoencoder=autoencoder,
+        prediction_type=prediction_type,
         path=str(path),
         sha256=file_sha256(path),
         info=summary(content),

@@ -18,6 +18,8 @@ from typing import Any
 from ldm_ray.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
+SAMPLERS = ("dpmpp_2m", "ddim", "ddpm")
+SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:
@@ -200,7 +202,34 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferConfig(Config):
+class SamplingConfig(Config):
+    """How images are sampled: what every command that makes images shares."""
+
+    sampler: str = option(
+        "dpmpp_2m", "dpmpp_2m, ddim, or ddpm: the published one, by default over every timestep", choices=SAMPLERS
+    )
+    num_inference_steps: int | None = option(
+        None, "denoising steps, up to the model's T [ddpm: T; ddim: 20; dpmpp_2m: 10]", kind=int, low=1
+    )
+    timestep_spacing: str | None = option(
+        None, "which timesteps those are [dpmpp_2m: logsnr; others: trailing]", kind=str, choices=SPACINGS
+    )
+    eta: float = option(0.0, "ddim's noise: 0 = none, 1 = as much as ddpm", low=0, high=1)
+    guidance_scale: float = option(1.0, "classifier-free guidance; 1 = off", low=0, high=20)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eta and self.sampler != "ddim":
+            raise ConfigError(f"--eta {self.eta:g} belongs to --sampler ddim; {self.sampler} has none")
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """These settings alone, without those of a command."""
+        return SamplingConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferConfig(SamplingConfig):
     """``python -m ldm_ray.infer``"""
 
     ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]", kind=str)
@@ -212,7 +241,6 @@ class InferConfig(Config):
     output: str = option("generated.png", "the picture to write")
     digit: int | None = option(None, "one digit alone, 0-9 [each in turn]", kind=int, low=0, high=9)
     seed: int = option(42, "image i has seed + i", low=0, high=MAX_SEED)
-    guidance_scale: float = option(1.0, "classifier-free guidance; 1 = off", low=0, high=20)
     device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
     show_process: bool = option(False, "also write the denoising, as a strip and as a GIF")
     process_steps: int = option(10, "pictures in the strip", low=2, high=1000)

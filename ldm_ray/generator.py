@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +15,47 @@ from torch import Tensor
 
 from ldm_ray import runs
 from ldm_ray.checkpoint import load_diffusion
-from ldm_ray.config import MAX_SEED
+from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.data.images import to_uint8
 from ldm_ray.diffusion.guidance import guided
-from ldm_ray.diffusion.noise import ImageNoise
-from ldm_ray.diffusion.samplers import all_transitions, ddpm
+from ldm_ray.diffusion.noise import ImageNoise, gaussian
+from ldm_ray.diffusion.samplers import Plan, plan_of, sample
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.registry import REGISTRY
+from ldm_ray.models.tabled import TabledDenoiser
+from ldm_ray.tiles import Tiles
 
-BATCH = 1024
+ENGINE = 1  # goes up with every change to what a seed's bytes are
+DEFAULT = SamplingConfig()
+Watch = Callable[[int, int, Tensor], bool | None]
 log = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """Sampling was stopped from outside, between two steps."""
 
 
 class Generator:
     """Turns seeds and labels into images. B images, D latent."""
 
     def __init__(
-        self, denoiser: Denoiser, codec: LatentCodec, schedule: NoiseSchedule, device: torch.device | str = "cpu"
+        self,
+        denoiser: Denoiser,
+        codec: LatentCodec,
+        schedule: NoiseSchedule,
+        device: torch.device | str = "cpu",
+        prediction_type: str = "epsilon",
     ) -> None:
-        self.denoiser, self.codec = denoiser.to(device).eval(), codec.to(device)
-        self.schedule, self.device = schedule, torch.device(device)
+        self.device = torch.device(device)
+        self.codec, self.schedule, self.prediction_type = codec.to(self.device), schedule, prediction_type
+        self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
         self.sha256 = ""
+        self.tiles = Tiles(self._all_matrix_work, codec.latent_dim, self.device)
+        tabled = partial(TabledDenoiser, denoiser.to(self.device).eval())
+        self.denoiser: TabledDenoiser = self.tiles.map(tabled, [schedule.num_train_timesteps])[0]
 
     @classmethod
     def open(
@@ -63,69 +83,142 @@ class Generator:
             log.info("autoencoder: %s, found by its recorded type; --ae-ckpt names another", found)
             loaded = load_diffusion(path, found, force)
         assert loaded.autoencoder is not None
-        made = cls(loaded.denoiser, loaded.autoencoder.codec, loaded.schedule, device)
+        codec = loaded.autoencoder.codec
+        made = cls(loaded.denoiser, codec, loaded.schedule, device, loaded.prediction_type)
         made.sha256 = loaded.sha256
         return made, args
 
-    def labels_of(self, labels: Sequence[int | None]) -> Tensor:
-        """(B,) int64; None is unconditional. ConfigError on a label outside the classes."""
-        known = self.denoiser.num_classes
-        for label in labels:
-            if label is not None and not 0 <= label < known:
-                raise ConfigError(f"label {label} is outside 0 to {known - 1}")
-        null = self.denoiser.null_label
-        return torch.tensor([null if label is None else label for label in labels], device=self.device)
+    @property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of what, beside checkpoint, seed, label and settings, an image's bytes follow
+        from: this engine, the version of PyTorch and the kind of device."""
+        kind = torch.backends.cpu.get_cpu_capability()
+        if self.device.type == "cuda":
+            kind = torch.cuda.get_device_name(self.device)
+        told = {"engine": ENGINE, "torch": str(torch.__version__), "device": self.device.type, "kind": kind}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
-    @torch.inference_mode()
     def __call__(
         self,
         seeds: Sequence[int],
         labels: Sequence[int | None],
-        guidance_scale: float = 1.0,
-        watch: Callable[[int, Tensor], bool | None] | None = None,
+        sampling: SamplingConfig = DEFAULT,
+        watch: Watch | None = None,
     ) -> Tensor:
-        """Images (B, 1, H, W) uint8, one per seed, on the CPU.
+        """Images (B, 1, H, W) uint8 on the CPU, one per seed; a label of None is unconditional.
 
-        watch(step, x0_pred (b, D)) is called after every step; returning False cancels. Raises ConfigError on
-        bad seeds or labels, and CheckpointError when the weights give numbers that are not finite.
+        An image's bytes follow from its own seed and label, the settings, the checkpoint and ``fingerprint``,
+        whatever is made with it. watch(i, step, x0_pred (n, D)) is called after every step of the n images from
+        the i-th, in their thread; returning False cancels. Raises ConfigError on settings, seeds or labels
+        that cannot be, CheckpointError with the seeds whose numbers are not finite, Cancelled.
         """
-        if not seeds or len(seeds) != len(labels):
+        images, finite = self.make(seeds, labels, sampling, watch)
+        if not bool(finite.all()):
+            bad = [str(seed) for seed, fine in zip(seeds, finite.tolist(), strict=True) if not fine]
+            raise CheckpointError(
+                f"{len(bad)} of {len(seeds)} images came out as numbers that are not finite (seeds "
+                f"{', '.join(bad[:5])}{', …' * (len(bad) > 5)}): the checkpoint's weights are unusable"
+            )
+        return images
+
+    def make(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int | None],
+        sampling: SamplingConfig = DEFAULT,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(images, finite (B,) bool): as above, but one that is not finite takes nothing from the others."""
+        parts = self._tiled(seeds, labels, sampling, watch, decode=True)
+        images = torch.cat([part[0] for part in parts])
+        return to_uint8(images.nan_to_num()).cpu(), torch.cat([part[1] for part in parts]).cpu()
+
+    def latents(self, seeds: Sequence[int], labels: Sequence[int | None], sampling: SamplingConfig = DEFAULT) -> Tensor:
+        """Whitened latents (B, D) float32, what ``decode`` makes the images of."""
+        return torch.cat([part[0] for part in self._tiled(seeds, labels, sampling, None, decode=False)])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Whitened latents (B, D) → images (B, 1, H, W) uint8 on the CPU. CheckpointError when not finite."""
+        size = self.tiles.size_for(len(latents))
+        images = torch.cat(self.tiles.map(partial(self._decode, size), latents.to(self.device).split(size)))
+        if not bool(torch.isfinite(images).all()):
+            raise CheckpointError("decoding gave numbers that are not finite: latents or weights are unusable")
+        return to_uint8(images).cpu()
+
+    def labels_of(self, labels: Sequence[int | None]) -> Tensor:
+        """(B,) int64; None is unconditional. ConfigError on a label outside the classes."""
+        for label in labels:
+            if label is not None and not 0 <= label < self.num_classes:
+                raise ConfigError(f"label {label} is outside 0 to {self.num_classes - 1}")
+        return torch.tensor([self.null_label if label is None else label for label in labels], device=self.device)
+
+    def _tiled(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int | None],
+        sampling: SamplingConfig,
+        watch: Watch | None,
+        decode: bool,
+    ) -> list[tuple[Tensor, Tensor]]:
+        if not len(seeds) or len(seeds) != len(labels):
             raise ConfigError(f"{len(seeds)} seeds and {len(labels)} labels: as many of each, at least one")
         if any(not 0 <= seed <= MAX_SEED for seed in seeds):
             raise ConfigError(f"a seed is 0 to {MAX_SEED}")
-        if not 0 <= guidance_scale <= 100:
-            raise ConfigError(f"a guidance scale is 0 to 100, not {guidance_scale}")
         wanted = self.labels_of(labels)
-        parts = [
-            self._batch(seeds[i : i + BATCH], wanted[i : i + BATCH], guidance_scale, watch)
-            for i in range(0, len(seeds), BATCH)
-        ]
-        return torch.cat(parts)
+        plan = plan_of(self.schedule, sampling, self.prediction_type)
+        size = self.tiles.size_for(len(seeds))
 
-    def _batch(
-        self,
-        seeds: Sequence[int],
-        labels: Tensor,
-        guidance_scale: float,
-        watch: Callable[[int, Tensor], bool | None] | None,
-    ) -> Tensor:
-        noise = ImageNoise(seeds, self.codec.latent_dim, self.device)
-        denoise = guided(self.denoiser, guidance_scale, self.denoiser.null_label)
-        transitions = all_transitions(self.schedule.num_train_timesteps)
-        latents = noise()
-        for step, (now, x0_pred) in enumerate(ddpm(denoise, self.schedule, latents, labels, transitions, noise)):
-            latents = now
-            if watch is not None and watch(step, x0_pred) is False:
-                break
-        return self.decode(latents)
+        drawn = torch.tensor(seeds, dtype=torch.int64, device=self.device)
+        start = gaussian(drawn, 0, self.codec.latent_dim)[0]
+
+        def work(first: int) -> tuple[Tensor, Tensor]:
+            rows = slice(first, first + size)
+            tile = drawn[rows], wanted[rows], start[rows]
+            return self._tile(size, first, *tile, plan, sampling.guidance_scale, watch, decode)
+
+        return self.tiles.map(work, range(0, len(seeds), size))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Whitened latents (B, D) → images (B, 1, H, W) uint8 on the CPU."""
-        images = self.codec.decode(latents)
-        if not bool(torch.isfinite(images).all()):
-            raise CheckpointError("sampling gave numbers that are not finite: the checkpoint's weights are unusable")
-        return to_uint8(images).cpu()
+    def _tile(
+        self,
+        size: int,
+        first: int,
+        seeds: Tensor,
+        labels: Tensor,
+        start: Tensor,
+        plan: Plan,
+        guidance_scale: float,
+        watch: Watch | None,
+        decode: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(images (n, 1, H, W) in [0, 1], or latents (n, D); finite (n,)) of the n ≤ size images from ``first``.
+
+        seeds, labels (n,), start (n, D): the noise of step 0."""
+        count = len(seeds)
+        noise = ImageNoise(filled(seeds, size), self.codec.latent_dim)
+        denoise = guided(self.denoiser, guidance_scale, self.null_label)
+        latents = filled(start, size)
+        steps = sample(denoise, plan, latents, filled(labels, size), noise)
+        for step, (latents, x0_pred) in enumerate(steps):
+            if watch is not None and watch(first, step, x0_pred[:count]) is False:
+                raise Cancelled
+        made = self.codec.decode(latents) if decode else latents
+        return made[:count], torch.isfinite(made[:count]).flatten(1).all(dim=1)
+
+    @torch.inference_mode()
+    def _decode(self, size: int, latents: Tensor) -> Tensor:
+        return self.codec.decode(filled(latents, size))[: len(latents)]
+
+    def _all_matrix_work(self, latents: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
+        both = guided(self.denoiser, 2.0, self.null_label)(latents, t, labels)
+        return [self.denoiser(latents, t, labels), both, self.codec.decode(latents)]
+
+
+def filled(rows: Tensor, size: int) -> Tensor:
+    """(n, …) → (size, …): the first row again where rows are missing."""
+    if len(rows) == size:
+        return rows
+    return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
 
 
 def recorded_autoencoder(args: dict[str, Any], search: Sequence[Path]) -> Path | None:

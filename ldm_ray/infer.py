@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if info.get("only_digit") not in (None, digit):
         raise CheckpointError(f"{ckpt} was trained on digit {info['only_digit']} alone, not on {digit}")
     seeds = [config.seed + i for i in range(config.num_images)]
-    labels = [i % generator.denoiser.num_classes if digit is None else digit for i in range(config.num_images)]
-    images = generator(seeds, labels, config.guidance_scale)
-    text = {"checkpoint": generator.sha256, "seed": str(config.seed), "guidance_scale": str(config.guidance_scale)}
+    labels = [i % generator.num_classes if digit is None else digit for i in range(config.num_images)]
+    images = generator(seeds, labels, config.sampling)
+    told = {"checkpoint": generator.sha256, "fingerprint": generator.fingerprint, "seed": config.seed}
+    text = {key: str(value) for key, value in (told | config.sampling.to_dict()).items() if value is not None}
     save_grid(images, output, text=text)
     print(f"{config.num_images} images from {ckpt} in {output}")
     if config.show_process:
@@ -67,7 +68,7 @@ def show_process(generator: Any, seeds: list[int], labels: list[int], config: In
     from ldm_ray.data.images import grid, save_gif, save_grid
 
     frames: list[Any] = []
-    generator(seeds, labels, config.guidance_scale, watch=lambda step, x0_pred: frames.append(x0_pred))
+    generator(seeds, labels, config.sampling, watch=lambda first, step, x0_pred: frames.append(x0_pred))
     images = [generator.decode(frames[i]) for i in spread(len(frames), max(config.process_steps, GIF_FRAMES))]
     strip = [images[i] for i in spread(len(images), config.process_steps)]
     beside = output.with_name(f"{output.stem}_process.png"), output.with_name(f"{output.stem}_process.gif")

@@ -15,7 +15,8 @@ def guided(denoise: Denoise, guidance_scale: float, null_label: int) -> Denoise:
 
     def denoise_guided(latents: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         both = torch.cat([labels, torch.full_like(labels, null_label)])  # (2B,)
-        cond, uncond = denoise(latents.repeat(2, 1), t.repeat(2), both).chunk(2)
+        t = t[:1].expand(len(both)) if t.stride(0) == 0 else t.repeat(2)  # one timestep for all stays recognisable
+        cond, uncond = denoise(latents.repeat(2, 1), t, both).chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 
     return denoise_guided

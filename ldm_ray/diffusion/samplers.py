@@ -1,62 +1,175 @@
-"""Samplers: free functions over ``denoise(latents, t, labels)`` and a list of transitions.
+"""Samplers: free functions from a schedule and a list of transitions to a plan, and the loop that follows it.
 
-They know no model, no device policy, no Ray, no image. A transition (t, t_prev) goes from timestep t to the
-less noisy t_prev; ``None`` is the end, where ᾱ = 1. B batch, D latent, S steps.
+Every sampler here is linear in what it knows: the latents xt, the predicted x0, the x0 predicted one step
+before, and fresh noise. So a plan is a table of numbers, one row per step, and one loop runs all samplers;
+images at different steps of different plans can share a batch. No model, device policy, Ray or image is
+known here. B batch, D latent, S steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldm_ray.diffusion.schedule import NoiseSchedule, x0_from_epsilon
+from ldm_ray.config import SamplingConfig
+from ldm_ray.diffusion.prediction import x0_weights
+from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.diffusion.timesteps import Transition, spaced_timesteps, transitions_of
 
-Transition = tuple[int, int | None]
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
+DEFAULT_STEPS = {"dpmpp_2m": 10, "ddim": 20, "ddpm": 0}  # 0: every timestep
+DEFAULT_SPACING = {"dpmpp_2m": "logsnr", "ddim": "trailing", "ddpm": "trailing"}
 
 
-def all_transitions(num_train_timesteps: int) -> list[Transition]:
-    """Every timestep, from T − 1 down to the end."""
-    return [(t, t - 1 if t else None) for t in range(num_train_timesteps - 1, -1, -1)]
+@dataclass(frozen=True)
+class Step:
+    """x0 = x0_from_xt·xt + x0_from_output·output; next = keep·xt + x0·x0 + before·(x0 a step ago) + sigma·noise."""
+
+    t: int
+    x0_from_xt: float
+    x0_from_output: float
+    keep: float
+    x0: float
+    before: float = 0.0
+    sigma: float = 0.0
 
 
-def ddpm_coefficients(alphas_cumprod: Tensor, transition: Transition) -> tuple[float, float, float, float]:
-    """(ᾱ_t, weight of x0, weight of xt, σ) of q(x_prev | xt, x0) (DDPM, eq. 6–7), for steps of any length.
+Plan = tuple[Step, ...]
 
-    With ᾱ_prev = 1 at the end, β = 1 − ᾱ_t/ᾱ_prev and α = 1 − β: mean = √ᾱ_prev β/(1 − ᾱ_t) x0 +
-    √α (1 − ᾱ_prev)/(1 − ᾱ_t) xt, σ² = β (1 − ᾱ_prev)/(1 − ᾱ_t).
+
+def ddpm(schedule: NoiseSchedule, transitions: Sequence[Transition], prediction_type: str = "epsilon") -> Plan:
+    """Ancestral sampling, DDPM (arXiv:2006.11239, eq. 6–7 and algorithm 2), for steps of any length.
+
+    q(x_prev | xt, x0): with β = 1 − ᾱ_t/ᾱ_prev and α = 1 − β, mean = √ᾱ_prev β/(1 − ᾱ_t) x0 +
+    √α (1 − ᾱ_prev)/(1 − ᾱ_t) xt, σ² = β (1 − ᾱ_prev)/(1 − ᾱ_t); ᾱ_prev = 1 at the end.
     """
-    t, t_prev = transition
-    now = float(alphas_cumprod[t])
-    prev = 1.0 if t_prev is None else float(alphas_cumprod[t_prev])
-    beta = 1 - now / prev
-    weight_x0 = prev**0.5 * beta / (1 - now)
-    weight_xt = (1 - beta) ** 0.5 * (1 - prev) / (1 - now)
-    return now, weight_x0, weight_xt, (beta * (1 - prev) / (1 - now)) ** 0.5
+    plan = []
+    for t, now, prev in levels(schedule, transitions):
+        beta = 1 - now / prev
+        plan.append(
+            Step(
+                t,
+                *x0_weights(prediction_type, now),
+                keep=(1 - beta) ** 0.5 * (1 - prev) / (1 - now),
+                x0=prev**0.5 * beta / (1 - now),
+                sigma=(beta * (1 - prev) / (1 - now)) ** 0.5,
+            )
+        )
+    return tuple(plan)
 
 
-def ddpm(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
-    latents: Tensor,
-    labels: Tensor,
-    transitions: Sequence[Transition],
-    noise: Callable[[], Tensor],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ancestral sampling (DDPM, algorithm 2).
+def ddim(
+    schedule: NoiseSchedule, transitions: Sequence[Transition], prediction_type: str = "epsilon", eta: float = 0.0
+) -> Plan:
+    """DDIM (Song et al., arXiv:2010.02502, eq. 12 and 16): η = 0 is deterministic, η = 1 has DDPM's variance.
 
-    latents (B, D) start as unit Gaussian noise; ``noise()`` gives (B, D) more of it per step. Yields
-    (latents after the step, x0 predicted in it); the last latents are the samples. Stop iterating to cancel.
+    x_prev = √ᾱ_prev x0 + √(1 − ᾱ_prev − σ²) ε + σ noise, where ε = (xt − √ᾱ x0)/√(1 − ᾱ).
     """
+    plan = []
+    for t, now, prev in levels(schedule, transitions):
+        sigma = eta * ((1 - prev) / (1 - now) * (1 - now / prev)) ** 0.5
+        direction = (max(0.0, 1 - prev - sigma**2) / (1 - now)) ** 0.5
+        plan.append(
+            Step(
+                t,
+                *x0_weights(prediction_type, now),
+                keep=direction,
+                x0=prev**0.5 - direction * now**0.5,
+                sigma=sigma,
+            )
+        )
+    return tuple(plan)
+
+
+def dpmpp_2m(schedule: NoiseSchedule, transitions: Sequence[Transition], prediction_type: str = "epsilon") -> Plan:
+    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2): second order, one evaluation a step.
+
+    With λ = log(α/σ), h = λ_prev − λ_t and r = h_before/h: x_prev = (σ_prev/σ_t) xt − α_prev (e^(−h) − 1) D,
+    D = (1 + 1/(2r)) x0 − 1/(2r) x0_before. The first step has no step before it, and the last, to σ = 0, has
+    h = ∞: both are of first order, D = x0; the last gives x0 itself.
+    """
+    plan: list[Step] = []
+    h_before = 0.0
+    for t, now, prev in levels(schedule, transitions):
+        weights = x0_weights(prediction_type, now)
+        if prev == 1.0:
+            plan.append(Step(t, *weights, keep=0.0, x0=1.0))
+            continue
+        h = half_log_snr(prev) - half_log_snr(now)
+        toward = -(prev**0.5) * math.expm1(-h)
+        extra = h / (2 * h_before) if plan else 0.0
+        plan.append(
+            Step(
+                t,
+                *weights,
+                keep=((1 - prev) / (1 - now)) ** 0.5,
+                x0=toward * (1 + extra),
+                before=-toward * extra,
+            )
+        )
+        h_before = h
+    return tuple(plan)
+
+
+def plan_of(schedule: NoiseSchedule, sampling: SamplingConfig, prediction_type: str = "epsilon") -> Plan:
+    """The plan of some settings, with their defaults filled in. ConfigError: more steps than timesteps."""
+    sampler = sampling.sampler
+    steps = sampling.num_inference_steps or min(DEFAULT_STEPS[sampler] or math.inf, schedule.num_train_timesteps)
+    spacing = sampling.timestep_spacing or DEFAULT_SPACING[sampler]
+    transitions = transitions_of(spaced_timesteps(schedule, int(steps), spacing))
+    if sampler == "ddim":
+        return ddim(schedule, transitions, prediction_type, sampling.eta)
+    return {"ddpm": ddpm, "dpmpp_2m": dpmpp_2m}[sampler](schedule, transitions, prediction_type)
+
+
+def levels(schedule: NoiseSchedule, transitions: Sequence[Transition]) -> Iterator[tuple[int, float, float]]:
+    """(t, ᾱ_t, ᾱ_prev) of each transition; ᾱ = 1 at the end."""
     alphas_cumprod = schedule.alphas_cumprod
-    steps = [(t, ddpm_coefficients(alphas_cumprod, (t, t_prev))) for t, t_prev in transitions]
-    timesteps = torch.tensor([t for t, _ in steps], device=latents.device)
-    for i, (_, (now, weight_x0, weight_xt, sigma)) in enumerate(steps):
-        eps_pred = denoise(latents, timesteps[i].expand(len(latents)), labels)
-        x0_pred = x0_from_epsilon(latents, eps_pred, now)
-        latents = weight_x0 * x0_pred + weight_xt * latents
-        if sigma > 0:
-            latents = latents + sigma * noise()
-        yield latents, x0_pred
+    for t, t_prev in transitions:
+        yield t, float(alphas_cumprod[t]), 1.0 if t_prev is None else float(alphas_cumprod[t_prev])
+
+
+def half_log_snr(alpha_cumprod: float) -> float:
+    """λ = log(α/σ)."""
+    return 0.5 * math.log(alpha_cumprod / (1 - alpha_cumprod))
+
+
+def advance(
+    step: Step, latents: Tensor, output: Tensor, before: Tensor | None, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(latents after the step, x0 predicted in it), (B, D) each.
+
+    Products and sums stay apart: each is rounded as IEEE 754 says, so the bits do not depend on whether a
+    device or a batch size would have fused them.
+    """
+    x0 = latents * step.x0_from_xt + output * step.x0_from_output
+    made = latents * step.keep + x0 * step.x0
+    if step.before:
+        assert before is not None
+        made = made + before * step.before
+    if step.sigma:
+        assert noise is not None
+        made = made + noise * step.sigma
+    return made, x0
+
+
+def sample(
+    denoise: Denoise, plan: Plan, latents: Tensor, labels: Tensor, noise: Noise
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Follows a plan from unit Gaussian latents (B, D), labels (B,).
+
+    ``denoise(latents, t (B,) int64, labels)`` gives the model's output (B, D); ``noise(i)`` unit Gaussian noise
+    (B, D) for step i = 1…S. Yields (latents after the step, x0 predicted in it); the last latents are the
+    samples. Stop iterating to cancel.
+    """
+    timesteps = torch.tensor([step.t for step in plan], device=latents.device)
+    before: Tensor | None = None
+    for i, step in enumerate(plan):
+        output = denoise(latents, timesteps[i].expand(len(latents)), labels)
+        latents, before = advance(step, latents, output, before, noise(i + 1) if step.sigma else None)
+        yield latents, before

@@ -57,8 +57,3 @@ class Noiser:
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x0, noise (B, D), t (B,) → xt (B, D)."""
         return torch.addcmul(self.signal[t][:, None] * x0, self.sigma[t][:, None], noise)
-
-
-def x0_from_epsilon(xt: Tensor, eps_pred: Tensor, alpha_cumprod: float) -> Tensor:
-    """x0 = (xt − √(1 − ᾱ) ε) / √ᾱ (DDPM, eq. 4 solved for x0); ᾱ of the timestep."""
-    return (xt - (1 - alpha_cumprod) ** 0.5 * eps_pred) / alpha_cumprod**0.5

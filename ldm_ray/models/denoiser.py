@@ -6,7 +6,7 @@ State-dict names are a file format: keep them. Shapes: B batch, D latent, H hidd
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,14 @@ class Denoiser(nn.Module):
     def null_label(self) -> int:
         return self.num_classes
 
+    def film_layers(self) -> Iterator[FiLMLayer]:
+        """In the order in which they run; each two have a residual connection around them."""
+        for block in BLOCKS:
+            for half in "ab":
+                layer = self.get_submodule(block + half)
+                assert isinstance(layer, FiLMLayer)
+                yield layer
+
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Denoiser:
         """Builds the denoiser whose sizes the state dict has, with its weights. RuntimeError when they do not fit."""
@@ -108,7 +116,7 @@ class Denoiser(nn.Module):
         """xt (B, D), t (B,), labels (B,) or None → prediction (B, D)."""
         e = self.embed(t, labels)
         h = F.silu(self.in_proj(xt))  # (B, H)
-        for block in BLOCKS:
-            a, b = self.get_submodule(block + "a"), self.get_submodule(block + "b")
+        layers = self.film_layers()
+        for a, b in zip(layers, layers, strict=True):
             h = h + b(a(h, e), e)
         return self.out_proj(F.silu(self.out_norm(h)))  # (B, D)
