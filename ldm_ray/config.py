@@ -20,6 +20,11 @@ from ldm_ray.errors import ConfigError
 MAX_SEED = 2**32 - 1
 SAMPLERS = ("dpmpp_2m", "ddim", "ddpm")
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
+DATASET_HELP = (
+    "hub id (ylecun/mnist), folder of Parquet files, 'digits' (embedded, no network) or 'auto': "
+    "the hub's MNIST, or the embedded digits where the hub cannot be reached"
+)
+CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:
@@ -118,14 +123,8 @@ class Config:
 class RunConfig(Config):
     """What every training command shares."""
 
-    dataset: str = option(
-        "auto",
-        "hub id (ylecun/mnist), folder of Parquet files, 'digits' (embedded, no network) or 'auto': "
-        "the hub's MNIST, or the embedded digits where the hub cannot be reached",
-    )
-    cache_dir: str | None = option(
-        None, "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]", kind=str, resume="free"
-    )
+    dataset: str = option("auto", DATASET_HELP)
+    cache_dir: str | None = option(None, CACHE_HELP, kind=str, resume="free")
     outdir: str | None = option(None, "where everything is written [$SCRATCH, else ./outputs]", kind=str, resume="free")
     only_digit: int | None = option(None, "train on one digit alone, 0-9", kind=int, low=0, high=9)
     epochs: int = option(20, "passes over the training images", low=1, resume="free")
@@ -245,6 +244,17 @@ class InferConfig(SamplingConfig):
     show_process: bool = option(False, "also write the denoising, as a strip and as a GIF")
     process_steps: int = option(10, "pictures in the strip", low=2, high=1000)
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifiersConfig(Config):
+    """``python -m ldm_ray.metrics.train_classifiers``"""
+
+    dataset: str = option("auto", DATASET_HELP)
+    cache_dir: str | None = option(None, CACHE_HELP, kind=str)
+    output: str = option("classifiers", "folder for lenet.pt and residual.pt")
+    epochs: int | None = option(None, "passes over the training images [20 and 12]", kind=int, low=1)
+    seed: int = option(42, "everything random follows from it", low=0, high=MAX_SEED)
 
 
 def outdir(given: str | None) -> Path:

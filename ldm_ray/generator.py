@@ -197,11 +197,11 @@ class Generator:
         count = len(seeds)
         noise = ImageNoise(filled(seeds, size), self.codec.latent_dim)
         denoise = guided(self.denoiser, guidance_scale, self.null_label)
-        latents = filled(start, size)
-        steps = sample(denoise, plan, latents, filled(labels, size), noise)
-        for step, (latents, x0_pred) in enumerate(steps):
-            if watch is not None and watch(first, step, x0_pred[:count]) is False:
+        steps = sample(denoise, plan, filled(start, size), filled(labels, size), noise)
+        for step, state in enumerate(steps):
+            if watch is not None and watch(first, step, state[1][:count]) is False:
                 raise Cancelled
+        latents = state[0]
         made = self.codec.decode(latents) if decode else latents
         return made[:count], torch.isfinite(made[:count]).flatten(1).all(dim=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +36,7 @@ def test_timesteps_are_different_fall_and_stay_inside(schedule: NoiseSchedule, s
     total = schedule.num_train_timesteps
     for steps in {1, 2, min(7, total), total // 2 or 1, total - 1, total}:
         found = spaced_timesteps(schedule, steps, spacing)
-        assert len(found) == steps and all(a > b for a, b in zip(found, found[1:], strict=False))
+        assert len(found) == steps and all(a > b for a, b in itertools.pairwise(found))
         assert found[-1] >= 0 and found[0] < total
         if spacing != "leading":
             assert found[0] == total - 1  # sampling starts from pure noise
@@ -226,12 +227,11 @@ def test_samplers_converge_at_their_order(planner: Callable[..., Plan], order: i
         lambdas = torch.linspace(half_log_snr(now), half_log_snr(then), steps + 1, dtype=torch.float64)
         table = 0.5 * (alpha_bar / (1 - alpha_bar)).log()
         timesteps = [int((table - value).abs().argmin()) for value in lambdas]
-        plan = planner(schedule, list(zip(timesteps, timesteps[1:], strict=False)))
-        latents, labels = start, torch.zeros(1, dtype=torch.int64)
-        for latents, _ in sample(denoise, plan, latents, labels, lambda _: start):  # noqa: B007
-            pass
-        errors.append(abs(float(latents) - wanted))
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+        plan = planner(schedule, list(itertools.pairwise(timesteps)))
+        labels = torch.zeros(1, dtype=torch.int64)
+        *_, (made, _) = sample(denoise, plan, start, labels, lambda _: start)
+        errors.append(abs(float(made) - wanted))
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.25), (errors, slopes)
 
 
