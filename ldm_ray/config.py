@@ -208,10 +208,10 @@ class SamplingConfig(Config):
         "dpmpp_2m", "dpmpp_2m, ddim, or ddpm: the published one, by default over every timestep", choices=SAMPLERS
     )
     num_inference_steps: int | None = option(
-        None, "denoising steps, up to the model's T [ddpm: T; ddim: 20; dpmpp_2m: 10]", kind=int, low=1
+        None, "denoising steps, up to the model's T [ddpm: T; ddim: 20; dpmpp_2m: 8]", kind=int, low=1
     )
     timestep_spacing: str | None = option(
-        None, "which timesteps those are [dpmpp_2m: logsnr; others: trailing]", kind=str, choices=SPACINGS
+        None, "which timesteps those are [trailing]", kind=str, choices=SPACINGS
     )
     eta: float = option(0.0, "ddim's noise: 0 = none, 1 = as much as ddpm", low=0, high=1)
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 = off", low=0, high=20)
