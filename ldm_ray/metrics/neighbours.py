@@ -34,9 +34,7 @@ def radii(features: Tensor, ks: tuple[int, ...] = (PRECISION_K, DENSITY_K)) -> T
     """
     most = max(ks)
     if len(features) <= most:
-        raise DataError(
-            f"{len(features)} images are too few for {most} nearest others of each: at least {most + 1}"
-        )
+        raise DataError(f"{len(features)} images are too few for {most} nearest others of each: at least {most + 1}")
     found = torch.empty(len(ks), len(features), dtype=features.dtype, device=features.device)
     for rows, squared in distance_blocks(features, features):
         own = torch.arange(rows.start, rows.stop, device=features.device)
