@@ -37,18 +37,18 @@ def floors(
     """Figures as of ``quality`` by name, each of ``count`` images (or all, where there are fewer):
 
     - ``train`` (a): random training images; no generator does better, but by chance or by copying;
-    - ``test_decoded`` (b): decode(encode(test images)), at most ``count`` of them;
+    - ``test_decoded`` (b): decode(encode(random test images));
     - ``train_decoded`` (c): decode(encode(the images of (a))): the best any prior over these latents can do;
     - with baselines, ``gaussian``, ``gmm_10``, ``gmm_100`` (d): decoded samples of Gaussian mixtures with full
       covariances, fitted to the latents of all training images. They know no labels, so have no accuracy.
 
     train, test: images (·, 1, 28, 28) uint8 and labels (·,) int64.
     """
-    rows = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(SEED))[:count]
-    some, labels = train[0][rows], train[1][rows]
+    some, labels = chosen(train, count)
+    tested, test_labels = chosen(test, count)
     sets: list[tuple[str, Tensor, Tensor | None]] = [
         ("train", some, labels),
-        ("test_decoded", reconstruct(codec, test[0][:count]), test[1][:count]),
+        ("test_decoded", reconstruct(codec, tested), test_labels),
         (FLOOR_C, reconstruct(codec, some), labels),
     ]
     found = {}
@@ -56,6 +56,13 @@ def floors(
         found[name] = quality(images, asked, reference)
         log.info("floor %s: FD-LeNet %.2f", name, found[name]["fd_lenet"])
     return found
+
+
+def chosen(images_labels: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """``count`` random images with their labels, all where there are fewer; the same ones every time."""
+    images, labels = images_labels
+    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))[:count]
+    return images[rows], labels[rows]
 
 
 def reconstruct(codec: LatentCodec, images: Tensor) -> Tensor:

@@ -74,11 +74,13 @@ def cells(values: Sequence[float | None], width: int, digits: int) -> str:
 def picture(images: Tensor, labels: Tensor, reference: Reference) -> np.ndarray:
     """(H, W, 3) uint8: samples (M, 1, 28, 28) uint8, each with its nearest training image, tinted, at its right.
 
-    One row for each digit asked for; then the samples nearest of all to a training image, where copies would
-    show; then samples that the second classifier takes for another digit than the label (M,).
+    One row for each digit asked for; then the samples nearest to a training image, measured by the mean of their
+    digit, where copies would show; then samples that the second classifier takes for another digit than the label (M,).
     """
     assert reference.train is not None
     distance, _ = nearest(images.to(reference.train.device), reference.train)
+    for digit in labels.unique():  # ones are close to each other, copied or not: compare with their own digit
+        distance[labels == digit] /= distance[labels == digit].mean().clamp_min(1e-12)
     wrong = reference.classifiers.classify(images) != labels
     rows = [(str(digit), (labels == digit).nonzero()[:PAIRS, 0]) for digit in range(NUM_CLASSES)]
     rows += [("closest", distance.argsort()[:PAIRS]), ("misread", wrong.nonzero()[:PAIRS, 0])]
