@@ -201,8 +201,8 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Config):
-    """How images are sampled: what every command that makes images shares."""
+class SamplerConfig(Config):
+    """How images are sampled, but for guidance: what every command that makes images shares."""
 
     sampler: str = option(
         "dpmpp_2m", "dpmpp_2m, ddim, or ddpm: the published one, by default over every timestep", choices=SAMPLERS
@@ -210,21 +210,30 @@ class SamplingConfig(Config):
     num_inference_steps: int | None = option(
         None, "denoising steps, up to the model's T [ddpm: T; ddim: 20; dpmpp_2m: 8]", kind=int, low=1
     )
-    timestep_spacing: str | None = option(
-        None, "which timesteps those are [trailing]", kind=str, choices=SPACINGS
-    )
+    timestep_spacing: str | None = option(None, "which timesteps those are [trailing]", kind=str, choices=SPACINGS)
     eta: float = option(0.0, "ddim's noise: 0 = none, 1 = as much as ddpm", low=0, high=1)
-    guidance_scale: float = option(1.0, "classifier-free guidance; 1 = off", low=0, high=20)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eta and self.sampler != "ddim":
             raise ConfigError(f"--eta {self.eta:g} belongs to --sampler ddim; {self.sampler} has none")
 
+    def sampling_at(self, guidance_scale: float) -> SamplingConfig:
+        """These settings alone, without those of a command."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplerConfig)}
+        return SamplingConfig(**found, guidance_scale=guidance_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(SamplerConfig):
+    """How images are sampled."""
+
+    guidance_scale: float = option(1.0, "classifier-free guidance; 1 = off", low=0, high=20)
+
     @property
     def sampling(self) -> SamplingConfig:
         """These settings alone, without those of a command."""
-        return SamplingConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingConfig)})
+        return self.sampling_at(self.guidance_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +256,42 @@ class InferConfig(SamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SamplerConfig):
+    """``python -m ldm_ray.evaluate``"""
+
+    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]", kind=str)
+    ae_ckpt: str | None = option(
+        None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
+    )
+    dataset: str = option("auto", "real images to compare with: " + DATASET_HELP)
+    cache_dir: str | None = option(None, CACHE_HELP, kind=str)
+    outdir: str | None = option(
+        None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]", kind=str
+    )
+    output: str = option("evaluation", "folder for metrics.json and samples.png")
+    samples: int = option(10_000, "images for each sampling seed, as many of each digit", low=10, high=1_000_000)
+    seeds: str = option("0,1,2", "sampling seeds, for the spread: image i of sampling seed s has seed s·samples + i")
+    guidance_scale: str = option("1", "classifier-free guidance, 1 = off; several (1,1.5,2) are measured in turn")
+    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
+    baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (a minute or two)")
+    ddpm_floor: bool = option(False, "also measure DDPM with every timestep of the same weights (slow)")
+    force: bool = option(False, "take an --ae-ckpt other than the one trained with")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scales()
+        last = (max(self.sampling_seeds()) + 1) * self.samples - 1
+        if last > MAX_SEED:
+            raise ConfigError(f"--seeds {self.seeds} with --samples {self.samples} goes beyond image seed {MAX_SEED}")
+
+    def sampling_seeds(self) -> list[int]:
+        return [int(value) for value in listed("--seeds", self.seeds, r"\d{1,10}", MAX_SEED)]
+
+    def scales(self) -> list[float]:
+        return listed("--guidance-scale", self.guidance_scale, r"\d{1,3}(\.\d{1,6})?", 20)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassifiersConfig(Config):
     """``python -m ldm_ray.metrics.train_classifiers``"""
 
@@ -255,6 +300,17 @@ class ClassifiersConfig(Config):
     output: str = option("classifiers", "folder for lenet.pt and residual.pt")
     epochs: int | None = option(None, "passes over the training images [20 and 12]", kind=int, low=1)
     seed: int = option(42, "everything random follows from it", low=0, high=MAX_SEED)
+
+
+def listed(flag: str, text: str, pattern: str, high: float) -> list[float]:
+    """The different numbers of a text such as 0,1,2. ConfigError unless each fits the pattern and is at most high."""
+    parts = [part.strip() for part in text.split(",")]
+    values = [float(part) for part in parts if re.fullmatch(pattern, part, re.ASCII)]
+    if len(values) < len(parts) or max(values) > high or len(set(values)) < len(values):
+        raise ConfigError(
+            f"{flag} is different numbers from 0 to {high} with commas between, such as 1,2, not {text!r}"
+        )
+    return values
 
 
 def outdir(given: str | None) -> Path:

@@ -71,6 +71,11 @@ def examples_dir(outdir: Path, fingerprint: str) -> Path:
     return outdir / "latents" / fingerprint
 
 
+def floors_file(outdir: Path, fingerprint: str) -> Path:
+    """Measured floors of an autoencoder, which every evaluation over it reuses."""
+    return outdir / "floors" / f"{fingerprint}.json"
+
+
 def run_stem(config: RunConfig) -> str:
     """The run's name without its time; what a resume looks for."""
     digit = "all" if config.only_digit is None else config.only_digit

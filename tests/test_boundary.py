@@ -8,8 +8,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_RAY = ["config", "cli", "errors", "safe_load", "checkpoint", "runs", "generator", "devices", "tiles"]
-WITHOUT_RAY_FOLDERS = ["data", "models", "diffusion", "training"]
+WITHOUT_RAY = [
+    "config",
+    "cli",
+    "errors",
+    "safe_load",
+    "checkpoint",
+    "runs",
+    "generator",
+    "devices",
+    "tiles",
+    "evaluate",
+]
+WITHOUT_RAY_FOLDERS = ["data", "models", "diffusion", "training", "metrics"]
 
 
 def modules() -> list[str]:

@@ -1,0 +1,58 @@
+"""Measures a checkpoint's images against real ones, always beside the floors of its autoencoder.
+
+python -m ldm_ray.evaluate                               the newest checkpoint, 10,000 images for each of 3 seeds
+python -m ldm_ray.evaluate --ckpt latest.pt --guidance-scale 1,1.5,2
+python -m ldm_ray.evaluate --ckpt latest.pt --samples 1000 --seeds 0 --no-baselines
+
+What each figure is: docs/quality.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm_ray import cli
+from ldm_ray.config import EvaluateConfig, outdir
+from ldm_ray.errors import ConfigError
+
+PROG = "python -m ldm_ray.evaluate"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = cli.parse_config(EvaluateConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    output = Path(config.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
+    from ldm_ray import runs
+    from ldm_ray.checkpoint import versions
+    from ldm_ray.data.images import encode_png, write_bytes
+    from ldm_ray.devices import pick_device
+    from ldm_ray.generator import Generator
+    from ldm_ray.metrics.evaluation import evaluate, write_json
+    from ldm_ray.metrics.lenet import SHA256
+    from ldm_ray.metrics.report import table
+
+    base = outdir(config.outdir)
+    device = pick_device(config.device)
+    ckpt = Path(config.ckpt).expanduser() if config.ckpt else runs.newest_diffusion(base)
+    if ckpt is None:
+        raise ConfigError(f"no checkpoint under {base}: name one by --ckpt, or make one with python -m ldm_ray.train")
+    ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
+    generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
+    for folder in (base, output):
+        runs.check_writable(folder)
+    found, picture = evaluate(config, generator, info.get("only_digit"))
+    about = {"checkpoint": {"path": str(ckpt), "sha256": generator.sha256}, "settings": config.to_dict()}
+    write_json(output / "metrics.json", about | {"versions": versions(), "classifiers": SHA256} | found)
+    write_bytes(output / "samples.png", encode_png(picture, {"checkpoint": generator.sha256}))
+    test = found["dataset"]["test"]
+    print(f"{config.samples} images a row against the {test['count']} test images of {test['name']}; sampling seeds "
+          f"{config.seeds}, mean ± sd\n\n{table(found)}\n")  # fmt: skip
+    print(f"metrics     {output / 'metrics.json'}")
+    print(f"samples     {output / 'samples.png'}, each beside its nearest training image")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

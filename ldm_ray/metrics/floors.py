@@ -1,0 +1,112 @@
+"""What the figures of samples are read against: the floors of an autoencoder, and simpler priors over its latents.
+
+Shapes: T training images, D latent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_ray.data.images import to_float, to_uint8
+from ldm_ray.metrics.quality import Reference, quality
+from ldm_ray.models.codec import LatentCodec, LatentStatistics
+
+SEED = 0  # of the choice of training images and of the mixtures, so that floors are the same everywhere
+BATCH = 1000
+COMPONENTS = (1, 10, 100)
+ROWS_PER_COMPONENT = 20  # with fewer latents than that the mixture is left out
+FLOOR_C = "train_decoded"
+log = logging.getLogger(__name__)
+
+
+def floors(
+    codec: LatentCodec,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    reference: Reference,
+    count: int,
+    baselines: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Figures as of ``quality`` by name, each of ``count`` images (or all, where there are fewer):
+
+    - ``train`` (a): random training images; no generator does better, but by chance or by copying;
+    - ``test_decoded`` (b): decode(encode(random test images));
+    - ``train_decoded`` (c): decode(encode(the images of (a))): the best any prior over these latents can do;
+    - with baselines, ``gaussian``, ``gmm_10``, ``gmm_100`` (d): decoded samples of Gaussian mixtures with full
+      covariances, fitted to the latents of all training images. They know no labels, so have no accuracy.
+
+    train, test: images (·, 1, 28, 28) uint8 and labels (·,) int64.
+    """
+    some, labels = chosen(train, count)
+    tested, test_labels = chosen(test, count)
+    sets: list[tuple[str, Tensor, Tensor | None]] = [
+        ("train", some, labels),
+        ("test_decoded", reconstruct(codec, tested), test_labels),
+        (FLOOR_C, reconstruct(codec, some), labels),
+    ]
+    found = {}
+    for name, images, asked in [*sets, *(mixtures(codec, train[0], count) if baselines else ())]:
+        found[name] = quality(images, asked, reference)
+        log.info("floor %s: FD-LeNet %.2f", name, found[name]["fd_lenet"])
+    return found
+
+
+def chosen(images_labels: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """``count`` random images with their labels, all where there are fewer; the same ones every time."""
+    images, labels = images_labels
+    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))[:count]
+    return images[rows], labels[rows]
+
+
+def reconstruct(codec: LatentCodec, images: Tensor) -> Tensor:
+    """decode(encode(images)), (N, 1, 28, 28) uint8 on the CPU, quantised as samples are."""
+    return decode(codec, encode(codec, images))
+
+
+def encode(codec: LatentCodec, images: Tensor) -> Tensor:
+    """(N, 1, 28, 28) uint8 → (N, D) on the CPU."""
+    return torch.cat([codec.encode(to_float(part.to(codec.mean.device))).cpu() for part in images.split(BATCH)])
+
+
+def decode(codec: LatentCodec, latents: Tensor) -> Tensor:
+    """(N, D) → (N, 1, 28, 28) uint8 on the CPU."""
+    return torch.cat([to_uint8(codec.decode(part.to(codec.mean.device))).cpu() for part in latents.split(BATCH)])
+
+
+def mixtures(codec: LatentCodec, train: Tensor, count: int) -> Iterator[tuple[str, Tensor, None]]:
+    """(name, decoded images (count, 1, 28, 28) uint8, None) of one Gaussian and of each mixture, fitted by EM."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    device = codec.mean.device
+    raw = encode(codec.with_statistics(LatentStatistics.identity(codec.latent_dim)).to(device), train)
+    codec = codec.with_statistics(LatentStatistics.of(raw)).to(device)  # whatever the checkpoint whitened with
+    latents = codec.cpu().whiten(raw).double().numpy()
+    codec.to(device)
+    for components in COMPONENTS:
+        if len(latents) < components * ROWS_PER_COMPONENT:
+            continue
+        mixture = GaussianMixture(components, init_params="k-means++", max_iter=200, random_state=SEED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            drawn, _ = mixture.fit(latents).sample(count)
+        yield (
+            "gaussian" if components == 1 else f"gmm_{components}",
+            decode(codec, torch.from_numpy(drawn).float()),
+            None,
+        )
+
+
+def autoencoder_hash(codec: LatentCodec) -> str:
+    """SHA-256 over the autoencoder's weights, by name; the whitening does not matter to the floors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(codec.model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

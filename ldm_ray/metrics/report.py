@@ -1,0 +1,107 @@
+"""An evaluation as a table for the terminal and as a picture.
+
+Shapes: M samples, T training images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ldm_ray.metrics.floors import FLOOR_C
+from ldm_ray.metrics.lenet import NUM_CLASSES
+from ldm_ray.metrics.neighbours import nearest
+from ldm_ray.metrics.quality import Reference
+
+FLOORS = {
+    "train": "(a) training images",
+    "test_decoded": "(b) test images, decoded",
+    FLOOR_C: "(c) training images, decoded",
+    "gaussian": "(d) one Gaussian",
+    "gmm_10": "    10 Gaussians",
+    "gmm_100": "    100 Gaussians",
+    "ddpm": "(e) DDPM, every timestep",
+}
+COLUMNS = {  # figure: (heading, digits after the point)
+    "fd_lenet": ("FD-LeNet", 2),
+    "times_c": ("x (c)", 2),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "density": ("density", 3),
+    "coverage": ("coverage", 3),
+    "accuracy": ("accuracy", 4),
+    "nearest_train_ratio": ("to train", 3),
+    "close_to_train": ("close", 3),
+}
+PAIRS, SCALE, GAP, MARGIN = 8, 2, 6, 56  # pairs a row, enlargement, pixels between pairs, room for the row's name
+TINT = np.array([255, 190, 90])  # of the training images in the picture
+
+
+def table(found: dict[str, Any]) -> str:
+    """The floors, then the samples with their standard deviations below, then what was made of each digit."""
+    floor = found["floors"][FLOOR_C]["fd_lenet"]
+    lines = [" " * 29 + "".join(f"{heading:>10}" for heading, _ in COLUMNS.values())]
+    lines += [line(FLOORS[name], row, floor) for name, row in found["floors"].items()]
+    for row in found["samples"]:
+        lines.append(line(f"samples, guidance {row['guidance_scale']:g}", row["mean"], floor))
+        if row["sd"]["fd_lenet"] is not None:
+            lines.append(line("    ±", row["sd"], floor))
+    lines += ["", f"{'digit':<29}" + "".join(f"{digit:>8}" for digit in range(NUM_CLASSES))]
+    for name, row in [("(c)", found["floors"][FLOOR_C])] + [
+        (f"guidance {row['guidance_scale']:g}", row["mean"]) for row in found["samples"]
+    ]:
+        share = [count / row["count"] for count in row["histogram"]]
+        lines.append(f"{name + ': share seen':<29}" + cells(share, 8, 3))
+        lines.append(f"{name + ': accuracy':<29}" + cells(row["accuracy_per_class"], 8, 3))
+    return "\n".join(lines)
+
+
+def line(name: str, row: dict[str, Any], floor: float) -> str:
+    row = row | {"times_c": row["fd_lenet"] / floor if floor else None}
+    return f"{name:<29}" + "".join(cells([row.get(figure)], 10, digits) for figure, (_, digits) in COLUMNS.items())
+
+
+def cells(values: Sequence[float | None], width: int, digits: int) -> str:
+    """Right-aligned; a dash for what was not measured."""
+    return "".join(f"{'-' if value is None else f'{value:.{digits}f}':>{width}}" for value in values)
+
+
+def picture(images: Tensor, labels: Tensor, reference: Reference) -> np.ndarray:
+    """(H, W, 3) uint8: samples (M, 1, 28, 28) uint8, each with its nearest training image, tinted, at its right.
+
+    One row for each digit asked for; then the samples nearest to a training image, measured by the mean of their
+    digit, where copies would show; then samples that the second classifier takes for another digit than the label (M,).
+    """
+    assert reference.train is not None
+    distance, _ = nearest(images.to(reference.train.device), reference.train)
+    for digit in labels.unique():  # ones are close to each other, copied or not: compare with their own digit
+        distance[labels == digit] /= distance[labels == digit].mean().clamp_min(1e-12)
+    wrong = reference.classifiers.classify(images) != labels
+    rows = [(str(digit), (labels == digit).nonzero()[:PAIRS, 0]) for digit in range(NUM_CLASSES)]
+    rows += [("closest", distance.argsort()[:PAIRS]), ("misread", wrong.nonzero()[:PAIRS, 0])]
+    rows = [(name, chosen) for name, chosen in rows if len(chosen)]
+    side = images.shape[-1] * SCALE
+    canvas = np.full((len(rows) * (side + GAP) + GAP, MARGIN + PAIRS * (2 * side + GAP), 3), 24, dtype=np.uint8)
+    for row, (_, chosen) in enumerate(rows):
+        _, neighbours = nearest(images[chosen].to(reference.train.device), reference.train)
+        top = GAP + row * (side + GAP)
+        for column, (sample, neighbour) in enumerate(zip(chosen.tolist(), neighbours.tolist(), strict=True)):
+            left = MARGIN + column * (2 * side + GAP)
+            canvas[top : top + side, left : left + side] = enlarged(images[sample, 0])
+            beside = enlarged(reference.train[neighbour, 0]).astype(int) * TINT // 255
+            canvas[top : top + side, left + side : left + 2 * side] = beside
+    drawn = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(drawn)
+    for row, (name, _) in enumerate(rows):
+        pen.text((8, GAP + row * (side + GAP) + side // 2 - 5), name, fill=(220, 220, 220))
+    return np.asarray(drawn)
+
+
+def enlarged(image: Tensor) -> np.ndarray:
+    """(H, W) uint8 → (H', W', 1) uint8, each pixel a square."""
+    return torch.kron(image.cpu(), torch.ones(SCALE, SCALE, dtype=torch.uint8)).numpy()[..., None]
