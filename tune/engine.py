@@ -101,6 +101,7 @@ class Engine:
         trainable = tune.with_resources(tune.with_parameters(run_trial, **shared), needs)
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints boxes even at verbose=0
         for name in ("ray.tune", "ray.train", "ray.air"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # failed trials are told by the records
         log.info("%d trials of up to %d epochs, %d at once on %s", count, config.epochs, slots, device)

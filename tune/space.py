@@ -28,7 +28,8 @@ def same(name: str) -> Any:
 
 def values_of(name: str, default: str | None) -> Any:
     """A field whose text is the values to try for a setting of ``ldm_ray.train``."""
-    text = f"values to try: LOW:HIGH, or a list with commas ({TRAIN[name].metadata['help']})"
+    shape = "a list with commas" if kind_of(TRAIN[name]) is str else "LOW:HIGH, or a list with commas"
+    text = f"values to try: {shape} ({TRAIN[name].metadata['help']})"
     if default is None:
         text += f" [{TRAIN[name].default}, not searched]"
     return option(default, text, kind=str)
@@ -215,6 +216,9 @@ def canonical(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_of(space: dict[str, Values]) -> dict[str, Any] | None:
-    """The defaults of ``ldm_ray.train`` as a point of the space, where they are in it: the first trial."""
-    point = {name: TRAIN[name].default for name in space}
+    """The defaults of ``ldm_ray.train`` as a point of the space, where they are in it: the first trial. A setting
+    with a single value has that."""
+    point = {
+        name: values.choices[0] if len(values.choices) == 1 else TRAIN[name].default for name, values in space.items()
+    }
     return point if all(values.holds(point[name]) for name, values in space.items()) else None

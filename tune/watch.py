@@ -35,7 +35,7 @@ class Scribe(Callback):
         own = self.known[trial.trial_id]
         if "failed" in result:
             self.settle(own, "failed", result["failed"])
-        else:
+        elif "interrupted" not in result:
             self.records.point(own, {name: result[name] for name in KEPT})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

@@ -19,10 +19,6 @@ from ldm_ray.training.trial import Diverged, TrialData
 OBJECTIVE = "objective"
 
 
-class Interrupted(Exception):
-    """The search was asked to stop within an epoch."""
-
-
 @dataclass(frozen=True)
 class Setup:
     """What all trials of a search share. base: the settings that are not searched; stop: the file whose
@@ -41,7 +37,8 @@ def run_trial(config: dict[str, Any], setup: Setup, arrays: dict[str, np.ndarray
 
     arrays: the tensors of ``TrialData`` by name, which lie in the object store once per machine and are read
     only. A trial that diverged reports an infinite objective with ``failed`` saying why, rather than raise:
-    Tune would throw the actor away, and the search algorithm is to learn from it. The process is used by one
+    Tune would throw the actor away, and the search algorithm is to learn from it. One that was asked to stop
+    within an epoch reports ``interrupted``. The process is used by one
     trial after another, so nothing may be left behind: every random number comes from the configuration's seed.
     """
     torch.set_num_threads(setup.threads)
@@ -59,4 +56,4 @@ def run_trial(config: dict[str, Any], setup: Setup, arrays: dict[str, np.ndarray
         tune.report({"epoch": epoch + 1, OBJECTIVE: math.inf, "failed": f"diverged: {error}"})
         return
     if epoch < train.epochs:
-        raise Interrupted
+        tune.report({"epoch": epoch, OBJECTIVE: math.inf, "interrupted": True})

@@ -1,0 +1,165 @@
+"""The objective of a search against closed forms, and a trial against the training command's own loop."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ldm_ray import checkpoint
+from ldm_ray.config import TrainConfig
+from ldm_ray.data.examples import fixed_size, read_examples, split, write_examples
+from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.errors import DataError
+from ldm_ray.metrics.latent_frechet import ClassFrechet, Gaussian, frechet
+from ldm_ray.models.codec import LatentStatistics
+from ldm_ray.runs import RunPaths
+from ldm_ray.training import trial
+from ldm_ray.training.fit import Job, Place, fit
+
+SHAPES = [
+    NoiseSchedule(),
+    NoiseSchedule(1000, 1e-4, 5e-3),
+    NoiseSchedule(1000, 1e-4, 2e-2, "scaled_linear"),
+    NoiseSchedule(1000, beta_schedule="squaredcos_cap_v2"),
+    NoiseSchedule(10, 0.01, 0.3),
+]
+
+
+def covariance(seed: int) -> torch.Tensor:
+    root = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return root @ root.T
+
+
+def test_frechet_is_the_closed_form() -> None:
+    from scipy.linalg import sqrtm
+
+    means = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    one, other = Gaussian(means[0], covariance(1)), Gaussian(means[1], covariance(2))
+    root = sqrtm((one.covariance @ other.covariance).numpy()).real
+    wanted = (
+        float((means[0] - means[1]).square().sum() + (one.covariance + other.covariance).trace()) - 2 * root.trace()
+    )
+    assert frechet(one, other) == pytest.approx(wanted, rel=1e-9)
+    assert frechet(other, one) == pytest.approx(wanted, rel=1e-9)
+    assert frechet(one, one) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_of_singular_gaussians() -> None:
+    flat = Gaussian(torch.zeros(2, dtype=torch.float64), torch.diag(torch.tensor([4.0, 0.0], dtype=torch.float64)))
+    other = Gaussian(torch.ones(2, dtype=torch.float64), torch.diag(torch.tensor([1.0, 9.0], dtype=torch.float64)))
+    assert frechet(flat, other) == pytest.approx(2 + 1 + 9)  # ‖μ‖² + (2 − 1)² + (0 − 3)²
+
+
+def two_classes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(count) % 2
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)) + 3.0 * labels[:, None], labels
+
+
+def test_the_objective_sees_labels_that_are_ignored() -> None:
+    held, labels = two_classes(4000, 1)
+    metric, (made, wanted) = ClassFrechet(held, labels), two_classes(4000, 2)
+    assert not metric.pooled and metric(made, wanted) < 0.02
+    assert metric(made, wanted.roll(1)) == pytest.approx(27, rel=0.1)  # 3 · 3² between the classes
+    assert metric(made.roll(1, dims=0), wanted) > 20
+
+
+def test_the_objective_is_infinite_for_samples_that_are_not_finite() -> None:
+    metric = ClassFrechet(*two_classes(100, 1))
+    made, labels = two_classes(100, 2)
+    made[3, 1] = math.nan
+    assert metric(made, labels) == math.inf
+
+
+def test_small_classes_are_pooled() -> None:
+    held, labels = two_classes(100, 1)
+    assert ClassFrechet(held[:8], labels[:8]).pooled is False  # 4 rows of 3 numbers each
+    few = ClassFrechet(held[:7], labels[:7])
+    assert few.pooled and math.isfinite(few(held, labels))
+    assert few.balanced_labels(5).tolist() == [0, 1, 0, 1, 0]
+    with pytest.raises(DataError, match="--val-fraction"):
+        ClassFrechet(held[:1], labels[:1])
+
+
+@pytest.mark.parametrize("schedule", SHAPES, ids=str)
+def test_transitions_fall_in_equal_steps_of_log_snr(schedule: NoiseSchedule) -> None:
+    steps = trial.log_snr_transitions(schedule, 20)
+    times = [t for t, _ in steps]
+    assert [t_prev for _, t_prev in steps] == [*times[1:], None]
+    assert times[-1] == 0 and times == sorted(set(times), reverse=True) and len(times) <= 20
+    log_snr = np.log(1 / (1 / schedule.alphas_cumprod.numpy() - 1)) / 2
+    assert log_snr[times[0]] >= min(trial.LOWEST_LOG_SNR - 0.5, log_snr[0])
+    assert times[0] == len(log_snr) - 1 or log_snr[times[0]] < trial.LOWEST_LOG_SNR + 0.5
+    if len(log_snr) == 1000:
+        gaps = np.diff(log_snr[times])
+        assert gaps.max() < 1.6 * np.median(gaps)
+    assert trial.log_snr_transitions(schedule, 1)[-1][1] is None
+
+
+def test_sampling_with_the_exact_denoiser_reaches_the_gaussian() -> None:
+    """x0 ~ N(μ, s²): ε*(xt, t) = √(1 − ᾱ) (xt − √ᾱ μ)/(ᾱ s² + 1 − ᾱ). DDIM's first-order error falls with S."""
+    schedule, mean, scale = NoiseSchedule(), 0.8, 0.3
+    alphas_cumprod = schedule.alphas_cumprod
+
+    def denoise(xt: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        now = alphas_cumprod[t][:, None]
+        return (1 - now).sqrt() * (xt - now.sqrt() * mean) / (now * scale**2 + 1 - now)
+
+    noise = torch.randn(4000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    noise = (noise - noise.mean(dim=0)) / noise.std(dim=0)
+    labels, errors = torch.zeros(4000, dtype=torch.int64), []
+    for steps in (10, 20, 40):
+        made = trial.sample(denoise, schedule, noise, labels, trial.log_snr_transitions(schedule, steps)).double()
+        errors.append(abs(float(made.std(dim=0).mean()) - scale))
+        assert abs(float(made.mean()) - mean) < 0.05
+    assert errors[2] < 0.6 * errors[1] < 0.4 * errors[0] and errors[2] < 0.02
+
+
+@pytest.mark.parametrize("t", [0, 500, 999])
+def test_the_bound_changes_nothing_within_it_and_holds_beyond(t: int) -> None:
+    schedule, generator = NoiseSchedule(), torch.Generator().manual_seed(2)
+    now = schedule.alphas_cumprod[t].item()
+    x0, eps = torch.randn(2, 64, 4, dtype=torch.float64, generator=generator)
+    xt, times = now**0.5 * x0 + (1 - now) ** 0.5 * eps, torch.full((64,), t)
+    labels = torch.zeros(64, dtype=torch.int64)
+    same = trial.bounded(lambda *_: eps, schedule, 10.0)(xt, times, labels)
+    torch.testing.assert_close(same, eps.float().to(same), rtol=1e-3, atol=1e-3)
+    held = trial.bounded(lambda *_: eps, schedule, 0.5)(xt, times, labels)
+    implied = (xt - (1 - now) ** 0.5 * held) / now**0.5
+    torch.testing.assert_close(implied, x0.clamp(-0.5, 0.5), rtol=0, atol=1e-4)
+
+
+def test_a_trial_trains_as_the_command_does(tmp_path: Path, ae_file: Path) -> None:
+    """The same validation losses, to the last bit, as ``training.fit`` gets on the same examples."""
+    labels = np.arange(400) % 10
+    latents = (np.random.default_rng(0).standard_normal((400, 16)) * 3 + labels[:, None]).astype(np.float32)
+    columns = {"latent": fixed_size(latents), "label": labels, "index": np.arange(400)}
+    write_examples(tmp_path / "examples", pa.table(columns), "latent", {"made": "here"})
+    examples = read_examples(tmp_path / "examples")
+    autoencoder = checkpoint.load_autoencoder(ae_file)
+    autoencoder.codec = autoencoder.codec.with_statistics(LatentStatistics.of(examples.vectors))
+    embedded = checkpoint.embed(autoencoder)
+    settings: dict[str, Any] = {"lr": 2e-3, "beta_schedule": "scaled_linear", "weight_decay": 0.01, "hidden_dim": 32}
+    config = TrainConfig(epochs=3, batch_size=32, val_fraction=0.25, device="cpu", **settings)
+    losses: list[float] = []
+    place = Place(0, 1, torch.device("cpu"), lambda model: model)
+    job = Job(config, RunPaths(tmp_path, "run"), tmp_path / "examples", {}, embedded)
+    fit(job, place, lambda metrics: losses.append(metrics["val_loss"]))
+
+    train_rows, held_rows = split(examples, config.val_fraction)
+    whitened = autoencoder.codec.whiten(examples.vectors)
+    rows = (whitened[train_rows], examples.labels[train_rows], whitened[held_rows], examples.labels[held_rows])
+    data = trial.TrialData(*rows, embedded)
+    found = list(trial.run(config, data, torch.device("cpu"), 100, 10, lambda: False))
+    assert [point["val_loss"] for point in found] == losses and len(losses) == 3
+    again = list(trial.run(config, data, torch.device("cpu"), 100, 10, lambda: False))
+    assert [point["objective"] for point in again] == [point["objective"] for point in found]
+    assert found[-1]["objective"] < found[0]["objective"]
+    asked = iter([False, True])  # a stop within the second epoch: 38 steps each, asked every 20
+    short = TrainConfig(**{**config.to_dict(), "batch_size": 8})
+    assert len(list(trial.run(short, data, torch.device("cpu"), 100, 10, lambda: next(asked)))) == 1
