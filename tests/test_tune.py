@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -231,13 +233,27 @@ def test_a_diverging_trial_is_failed_and_never_best(grid: tuple[str, Path]) -> N
     assert "Traceback" not in output
 
 
-def settled(folder: Path) -> int:
-    return len(Records.read(SearchPaths(folder).trials).settled)
+def kill_worker(driver: int) -> None:
+    """Kills the process that runs trials, below the given driver."""
+    for child in psutil.Process(driver).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ImplicitFunc" in " ".join(child.cmdline()) or "run_trial" in " ".join(child.cmdline()):
+                child.kill()
+                return
+    raise AssertionError("no worker with a trial found")
 
 
-def wait_for_trials(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_trials(folder: Path, count: int, process: subprocess.Popen[str], running: bool = False) -> None:
+    """Until so many trials are settled; with ``running``, until the one after them has two epochs as well."""
     deadline = time.monotonic() + 120
-    while settled(folder) < count:
+
+    def there() -> bool:
+        lines = (folder / "trials.jsonl").read_text().splitlines() if (folder / "trials.jsonl").exists() else []
+        trials = [json.loads(line) for line in lines]
+        done = sum(trial["status"] not in ("running", "interrupted") for trial in trials)
+        return done >= count and (not running or any(len(t["curve"]) > 1 for t in trials if t["status"] == "running"))
+
+    while not there():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
@@ -262,7 +278,10 @@ def test_killed_and_interrupted_searches_go_on_to_the_same_result(
     output = finish(process, 130)
     assert "go on with: python tune/search.py" in output and output.rstrip().endswith("--resume")
     assert "Traceback" not in output and (folder / "best_config.json").exists()
-    output = finish(command(*cut, "--resume"))
+    process = command(*cut, "--resume")
+    wait_for_trials(folder, len(kept) + 1, process, running=True)
+    kill_worker(process.pid)  # the trial begins anew elsewhere
+    output = finish(process)
     assert "going on with cut" in output
     trials, undisturbed = trials_of(folder), trials_of(grid[1])
     assert trials[: len(kept)] == kept  # nothing that was done is done again

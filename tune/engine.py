@@ -27,6 +27,7 @@ from ldm_ray.metrics.latent_frechet import ClassFrechet
 
 log = logging.getLogger("ldm_ray.tune")
 GPU_SHARE = 0.25
+MAX_FAILURES = 2  # restarts of a trial whose worker was lost
 SETTINGS = "settings"  # the key of a Tune configuration that holds a trial's settings
 
 
@@ -119,6 +120,7 @@ class Engine:
                 name=f"{time.time_ns()}",
                 storage_path=str(self.paths.folder / "ray"),
                 stop=StopFile(str(self.paths.stop)),
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                 callbacks=[Scribe(records, config.epochs, self.paths.stop)],
                 verbose=0,
             ),

@@ -95,10 +95,10 @@ class Records:
     def interrupted(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.status == "interrupted"]
 
-    def start(self, settings: dict[str, Any]) -> Trial:
-        """A new trial, or an interrupted one of the same settings from its beginning."""
+    def start(self, settings: dict[str, Any], again: Trial | None = None) -> Trial:
+        """A new trial; or ``again``, or an interrupted one of the same settings, from its beginning."""
         with self.lock:
-            again = next((trial for trial in self.interrupted if trial.settings == settings), None)
+            again = again or next((trial for trial in self.interrupted if trial.settings == settings), None)
             if again is None:
                 again = Trial(len(self.trials) + 1, settings)
                 self.trials.append(again)

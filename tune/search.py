@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 import time
@@ -21,8 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the package beside this file, installed or not
+if __name__ == "__main__":  # the package beside this file, installed or not; Ray's workers go by PYTHONPATH
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[1], os.environ.get("PYTHONPATH")]))
 
 from records import Records, SearchPaths, best_config, read_search, table
 from space import SearchConfig
@@ -82,10 +84,11 @@ def search(config: SearchConfig, paths: SearchPaths, latents: Any, base: Path) -
     best = records.best
     if best is None:
         failed = [trial for trial in records.trials if trial.status == "failed"]
-        if failed and not code:
+        if code:
+            return None, code
+        if failed:
             raise LdmError(f"all {len(failed)} trials failed; the first: {failed[0].reason} ({paths.trials})")
-        print("no trial has finished an epoch yet")
-        return None, code
+        raise LdmError(f"no trial finished an epoch within the --time-budget of {config.time_budget}: give it more")
     fixed = {"dataset": latents.source.name, "ae_ckpt": str(Path(latents.autoencoder.path).absolute())}
     if config.outdir:
         fixed["outdir"] = str(base)

@@ -29,12 +29,13 @@ class Scribe(Callback):
         return {}  # Tune pickles its callbacks into its own state, which a resumed search does not read
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.known[trial.trial_id] = self.records.start(dict(trial.config["settings"]))
+        lost = self.known.get(trial.trial_id)  # its worker died, and another begins it anew
+        self.known[trial.trial_id] = self.records.start(dict(trial.config["settings"]), lost)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         own = self.known[trial.trial_id]
         if "failed" in result:
-            self.settle(own, "failed", result["failed"])
+            self.records.settle(own, "failed", result["failed"])
         elif "interrupted" not in result:
             self.records.point(own, {name: result[name] for name in KEPT})
 
@@ -42,19 +43,14 @@ class Scribe(Callback):
         own = self.known[trial.trial_id]
         if own.status == "running":
             finished = len(own.curve) >= self.epochs
-            self.settle(own, "finished" if finished else "interrupted" if self.stop.exists() else "stopped")
+            self.records.settle(own, "finished" if finished else "interrupted" if self.stop.exists() else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         own = self.known[trial.trial_id]
         if self.stop.exists():
-            self.settle(own, "interrupted")
+            self.records.settle(own, "interrupted")
         elif own.status == "running":
-            self.settle(own, "failed", last_line(Path(trial.error_file)) if trial.error_file else "lost")
-
-    def settle(self, trial: Trial, status: str, reason: str = "") -> None:
-        self.records.settle(trial, status, reason)
-        if status != "interrupted":
-            log.info("%s", line_of(trial))
+            self.records.settle(own, "failed", last_line(Path(trial.error_file)) if trial.error_file else "lost")
 
 
 class StopFile(Stopper):
@@ -71,11 +67,14 @@ class StopFile(Stopper):
 
 
 class Watch:
-    """Follows the search from the main thread: the progress line, and the time budget."""
+    """Follows the search from the main thread: a line for each trial, on a terminal a progress line in between, and
+    the time budget."""
 
     def __init__(self, records: Records, total: int, budget_s: float | None, stop: Path) -> None:
         self.records, self.total, self.budget_s, self.stop = records, total, budget_s, stop
-        self.started, self.before, self.shown, self.out_of_time = time.monotonic(), len(records.settled), "", False
+        self.started, self.shown, self.out_of_time = time.monotonic(), "", False
+        self.told = {trial.number for trial in records.settled}
+        self.before = len(self.told)
 
     def until(self, thread: threading.Thread) -> None:
         """Returns when the thread has ended."""
@@ -84,9 +83,20 @@ class Watch:
             if self.budget_s and not self.out_of_time and time.monotonic() - self.started > self.budget_s:
                 self.out_of_time = True
                 self.stop.touch()
+            self.tell()
             if sys.stderr.isatty():
                 self.line(self.text())
+        self.tell()
         self.line("")
+
+    def tell(self) -> None:
+        """A line for each trial that has been settled since."""
+        with self.records.lock:
+            new = [trial for trial in self.records.settled if trial.number not in self.told]
+        for trial in new:
+            self.line("")
+            log.info("%s", line_of(trial))
+            self.told.add(trial.number)
 
     def text(self) -> str:
         """Trials done, the best so far, time left."""
