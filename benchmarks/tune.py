@@ -156,7 +156,7 @@ def rank_one(job: tuple[Bench, dict[str, Any], str]) -> dict[str, Any]:
             kept.append(self)
 
     trial.Score = Kept  # type: ignore[misc]
-    curve = list(trial.run(config, data, torch.device("cpu"), 1000, 20, lambda: False))
+    curve = list(trial.run(config, data, torch.device("cpu"), 1000, 40, lambda: False))
     early = max(1, bench.epochs // 3)
     metric, score = ClassFrechet(data.train, data.train_labels), kept[0]
     labels, generator = metric.balanced_labels(2000), torch.Generator().manual_seed(1)
@@ -209,7 +209,7 @@ def alone(settings: dict[str, Any], folder: Path, ae_ckpt: Path) -> None:
     torch.set_num_threads(1)
     config = TrainConfig(**settings)
     data, _ = trial_data(folder, ae_ckpt, config)
-    print(list(trial.run(config, data, torch.device("cpu"), 200, 20, lambda: False)))
+    print(list(trial.run(config, data, torch.device("cpu"), 200, 40, lambda: False)))
 
 
 PARTS = {part.__name__: part for part in (start, asha, rank)}

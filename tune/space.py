@@ -63,8 +63,8 @@ class SearchConfig(Config):
     asha: bool = option(True, "stop the worse trials early (asynchronous successive halving)")
     grace_epochs: int = option(1, "epochs that every trial gets", low=1)
     reduction_factor: int = option(3, "the best one of so many goes on at each halving", low=2, high=100)
-    eval_samples: int = option(2000, "latents sampled for the objective after an epoch", low=20, high=1_000_000)
-    eval_steps: int = option(20, "sampling steps for them", low=1, high=1000)
+    eval_samples: int = option(1000, "latents sampled for the objective after an epoch", low=20, high=1_000_000)
+    eval_steps: int = option(40, "sampling steps for them", low=1, high=1000)
     time_budget: str | None = option(
         None, "stop after so long: seconds, or a number with s, m or h [none]", kind=str, resume="free"
     )

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm_ray.config import TrainConfig
-from ldm_ray.diffusion.samplers import Denoise, Transition
-from ldm_ray.diffusion.schedule import NoiseSchedule, x0_from_epsilon
+from ldm_ray.diffusion.samplers import Denoise, Transition, ddpm
+from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.metrics.latent_frechet import ClassFrechet
 from ldm_ray.training.fitter import Fitter, mix
 from ldm_ray.training.tasks import DenoiserTask, build_task
@@ -81,22 +82,31 @@ def run(
 
 
 class Score:
-    """The objective of the averaged weights as they are now."""
+    """The objective of the averaged weights as they are now.
+
+    Sampling is ancestral: its fresh noise makes up for a denoiser that is not good yet, as 1000 steps would,
+    while a deterministic path carries its first errors to the end and so ranks schedules wrongly (docs/tune.md).
+    """
 
     def __init__(
         self, task: DenoiserTask, fitter: Fitter, metric: ClassFrechet, samples: int, steps: int, limit: float
     ) -> None:
         self.fitter, self.metric, self.schedule = fitter, metric, task.schedule
-        generator = torch.Generator().manual_seed(mix(0, 0, -3, 0))  # whatever the seed of the search is
-        self.noise = torch.randn(samples, task.denoiser.latent_dim, generator=generator).to(fitter.device)
+        self.shape = (samples, task.denoiser.latent_dim)
         self.labels = metric.balanced_labels(samples).to(fitter.device)
         self.transitions = log_snr_transitions(task.schedule, steps)
         self.limit = limit
 
     @torch.inference_mode()
     def __call__(self) -> float:
+        device = self.fitter.device
+        generator = torch.Generator(device).manual_seed(mix(0, 0, -3, 0))  # whatever the seed of the search is
+        noise = partial(torch.randn, self.shape, generator=generator, device=device)
         denoise = bounded(self.fitter.averaged, self.schedule, self.limit)
-        return self.metric(sample(denoise, self.schedule, self.noise, self.labels, self.transitions), self.labels)
+        made = noise()
+        for latents, _ in ddpm(denoise, self.schedule, made, self.labels, self.transitions, noise):
+            made = latents
+        return self.metric(made, self.labels)
 
 
 def bounded(denoise: Denoise, schedule: NoiseSchedule, limit: float) -> Denoise:
@@ -122,18 +132,3 @@ def log_snr_transitions(schedule: NoiseSchedule, steps: int) -> list[Transition]
     nearest = (log_snr[None] - wanted[:, None]).abs().argmin(dim=1)
     timesteps = sorted(set(nearest.tolist()), reverse=True)
     return list(zip(timesteps, [*timesteps[1:], None], strict=True))
-
-
-# TODO(samplers): replace by ``ldm_ray.diffusion.samplers.ddim`` once it is there; nothing else calls this.
-def sample(
-    denoise: Denoise, schedule: NoiseSchedule, latents: Tensor, labels: Tensor, transitions: Sequence[Transition]
-) -> Tensor:
-    """Deterministic DDIM (Song et al., arXiv:2010.02502, eq. 12 with η = 0): unit noise (M, D) to samples (M, D)."""
-    alphas_cumprod = schedule.alphas_cumprod
-    for t, t_prev in transitions:
-        now = float(alphas_cumprod[t])
-        prev = 1.0 if t_prev is None else float(alphas_cumprod[t_prev])
-        eps_pred = denoise(latents, torch.full((len(latents),), t, device=latents.device), labels).float()
-        x0_pred = x0_from_epsilon(latents, eps_pred, now)
-        latents = prev**0.5 * x0_pred + (1 - prev) ** 0.5 * eps_pred
-    return latents
