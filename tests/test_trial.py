@@ -93,11 +93,10 @@ def test_transitions_fall_in_equal_steps_of_log_snr(schedule: NoiseSchedule) -> 
     assert [t_prev for _, t_prev in steps] == [*times[1:], None]
     assert times[-1] == 0 and times == sorted(set(times), reverse=True) and len(times) <= 20
     log_snr = np.log(1 / (1 / schedule.alphas_cumprod.numpy() - 1)) / 2
-    assert log_snr[times[0]] >= min(trial.LOWEST_LOG_SNR - 0.5, log_snr[0])
-    assert times[0] == len(log_snr) - 1 or log_snr[times[0]] < trial.LOWEST_LOG_SNR + 0.5
+    assert times[0] == len(log_snr) - 1
     if len(log_snr) == 1000:
-        gaps = np.diff(log_snr[times])
-        assert gaps.max() < 1.6 * np.median(gaps)
+        gaps, far = np.diff(log_snr[times]), -np.diff(times) > 1  # neighbours can be no nearer than they are
+        assert gaps[far].max() < 1.6 * np.median(gaps)
     assert trial.log_snr_transitions(schedule, 1)[-1][1] is None
 
 
@@ -124,26 +123,12 @@ def test_the_objective_of_the_exact_denoiser_is_near_zero(schedule: NoiseSchedul
 
     def score(denoise: Any, steps: int) -> float:
         stand: Any = Stand(denoise)
-        return trial.Score(stand, stand, metric, 4000, steps, 10.0)()
+        return trial.Score(stand, stand, metric, 4000, steps)()
 
     few, many = score(exact, 10), score(exact, 80)
     assert many < 0.5 * few and many < 0.02
     assert score(exact, 10) == few
     assert score(lambda xt, t, y: exact(xt, t, 1 - y), 80) == pytest.approx(3, rel=0.1)
-
-
-@pytest.mark.parametrize("t", [0, 500, 999])
-def test_the_bound_changes_nothing_within_it_and_holds_beyond(t: int) -> None:
-    schedule, generator = NoiseSchedule(), torch.Generator().manual_seed(2)
-    now = schedule.alphas_cumprod[t].item()
-    x0, eps = torch.randn(2, 64, 4, dtype=torch.float64, generator=generator)
-    xt, times = now**0.5 * x0 + (1 - now) ** 0.5 * eps, torch.full((64,), t)
-    labels = torch.zeros(64, dtype=torch.int64)
-    same = trial.bounded(lambda *_: eps, schedule, 10.0)(xt, times, labels)
-    torch.testing.assert_close(same, eps.float().to(same), rtol=1e-3, atol=1e-3)
-    held = trial.bounded(lambda *_: eps, schedule, 0.5)(xt, times, labels)
-    implied = (xt - (1 - now) ** 0.5 * held) / now**0.5
-    torch.testing.assert_close(implied, x0.clamp(-0.5, 0.5), rtol=0, atol=1e-4)
 
 
 def test_a_trial_trains_as_the_command_does(tmp_path: Path, ae_file: Path) -> None:
