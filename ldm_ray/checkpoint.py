@@ -156,9 +156,12 @@ def load_diffusion(path: Path, ae_ckpt: Path | None = None, force: bool = False)
         timesteps = int(args.get("num_train_timesteps") or args.get("T") or 1000)
         if timesteps > MAX_TIMESTEPS:
             raise ConfigError(f"T is at most {MAX_TIMESTEPS}, not {timesteps}")
-        schedule = NoiseSchedule(timesteps, float(args.get("beta_start") or 1e-4), float(args.get("beta_end") or 2e-2))
+        betas = float(args.get("beta_start") or 1e-4), float(args.get("beta_end") or 2e-2)
+        schedule = NoiseSchedule(timesteps, *betas, str(args.get("beta_schedule") or "linear"))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # ConfigError is a ValueError
-        raise CheckpointError(f"checkpoint {path}: T, beta_start or beta_end is unusable: {error}") from None
+        raise CheckpointError(
+            f"checkpoint {path}: T, beta_start, beta_end or beta_schedule is unusable: {error}"
+        ) from None
     prediction_type = content.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise CheckpointError(
@@ -229,6 +232,7 @@ def diffusion_content(
             "T": schedule.num_train_timesteps,
             "beta_start": schedule.beta_start,
             "beta_end": schedule.beta_end,
+            "beta_schedule": schedule.beta_schedule,
             "ae_model": f"ae-{codec.kind}",
             "ae_latent_dim": codec.latent_dim,
             "ae_only_digit": autoencoder.only_digit,

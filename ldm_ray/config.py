@@ -25,6 +25,7 @@ DATASET_HELP = (
     "the hub's MNIST, or the embedded digits where the hub cannot be reached"
 )
 CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:
@@ -130,6 +131,7 @@ class RunConfig(Config):
     epochs: int = option(20, "passes over the training images", low=1, resume="free")
     batch_size: int = option(128, "images per optimiser step, over all workers together", low=1)
     lr: float = option(2e-4, "learning rate", above=0, high=10)
+    weight_decay: float = option(0.0, "weight decay of AdamW", low=0, high=10)
     seed: int = option(42, "everything random follows from it", low=0, high=MAX_SEED)
     device: str | None = option(
         None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"), resume="free"
@@ -189,6 +191,9 @@ class TrainConfig(RunConfig):
     num_train_timesteps: int = option(1000, "diffusion timesteps T", flag="T", low=2, high=100_000)
     beta_start: float = option(1e-4, "noise variance of the first timestep", above=0, below=1)
     beta_end: float = option(2e-2, "noise variance of the last timestep", above=0, below=1)
+    beta_schedule: str = option(
+        "linear", "shape of the noise schedule; squaredcos_cap_v2 goes by T alone", choices=BETA_SCHEDULES
+    )
     hidden_dim: int = option(256, "width of the denoiser", low=8, high=8192)
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
     ema_decay: float = option(0.999, "decay of the averaged weights that sampling uses", low=0, below=1)

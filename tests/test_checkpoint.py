@@ -52,7 +52,13 @@ def diffusion_file(tmp_path: Path, ae_file: Path) -> Path:
     for number, weight in enumerate(ema.parameters()):
         torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
     content = checkpoint.diffusion_content(
-        model, ema, NoiseSchedule(50, 1e-3, 0.1), autoencoder, {"lr": 1e-3}, epoch=7, training={"step": 3}
+        model,
+        ema,
+        NoiseSchedule(50, 1e-3, 0.1, "scaled_linear"),
+        autoencoder,
+        {"lr": 1e-3},
+        epoch=7,
+        training={"step": 3},
     )
     checkpoint.write(tmp_path / "run" / "latest.pt", content)
     return tmp_path / "run" / "latest.pt"
@@ -179,7 +185,7 @@ def test_own_denoiser_carries_everything(diffusion_file: Path, ae_file: Path) ->
     loaded = checkpoint.load_diffusion(diffusion_file)
     content = torch.load(diffusion_file, weights_only=True)  # plain torch, nothing allowed
     assert content["kind"] == "latent_diffusion" and content["epoch"] == 7 and content["training"] == {"step": 3}
-    assert loaded.schedule == NoiseSchedule(50, 1e-3, 0.1)
+    assert loaded.schedule == NoiseSchedule(50, 1e-3, 0.1, "scaled_linear")
     ours = loaded.denoiser.state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in content["ema"].items())
     assert not torch.equal(content["model"]["out_proj.weight"], content["ema"]["out_proj.weight"])

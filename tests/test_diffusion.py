@@ -15,9 +15,10 @@ from ldm_ray.errors import ConfigError
 from ldm_ray.models.denoiser import timestep_embedding
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(10, 0.01, 0.3), NoiseSchedule(2, 0.5, 0.5), NoiseSchedule(4000, 1e-5, 1e-2)]
+SHAPES = [NoiseSchedule(1000, 8.5e-4, 1.2e-2, "scaled_linear"), NoiseSchedule(500, beta_schedule="squaredcos_cap_v2")]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES + SHAPES, ids=str)
 def test_alpha_bar_falls_within_its_bounds(schedule: NoiseSchedule) -> None:
     alpha_bar = schedule.alphas_cumprod
     assert alpha_bar.dtype == torch.float64 and alpha_bar.shape == (schedule.num_train_timesteps,)
@@ -32,6 +33,25 @@ def test_schedule_is_the_linear_one_of_the_paper() -> None:
     np.testing.assert_allclose(schedule.betas.numpy(), betas, rtol=1e-12)
     np.testing.assert_allclose(schedule.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=1e-10)
     assert schedule.alphas_cumprod[-1].item() == pytest.approx(4.0358e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES + SHAPES, ids=str)
+def test_schedules_are_those_of_diffusers(schedule: NoiseSchedule) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDPMScheduler(**schedule.to_dict())  # float32
+    torch.testing.assert_close(schedule.betas.float(), theirs.betas, rtol=2e-5, atol=1e-8)
+    torch.testing.assert_close(schedule.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-8)
+
+
+def test_a_cosine_schedule_goes_by_its_timesteps_alone() -> None:
+    shape = "squaredcos_cap_v2"
+    assert torch.equal(NoiseSchedule(50, 1e-4, 2e-2, shape).betas, NoiseSchedule(50, 1e-3, 0.1, shape).betas)
+    assert NoiseSchedule(50, beta_schedule=shape).betas[-1] == 0.999
+
+
+def test_an_unknown_shape_of_schedule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="of linear, scaled_linear, squaredcos_cap_v2, not 'sigmoid'"):
+        NoiseSchedule(beta_schedule="sigmoid")
 
 
 @pytest.mark.parametrize("bad", [(1, 1e-4, 2e-2), (10, 0.0, 0.1), (10, 0.2, 0.1), (10, 0.1, 1.0)])

@@ -206,6 +206,7 @@ WRONG_DENOISERS: list[tuple[dict[str, Any], str]] = [
     ({"args": {"T": torch.zeros(2)}}, "T"),
     ({"args": {"beta_start": 0.5, "beta_end": 0.1}}, "noise schedule"),
     ({"args": {"beta_end": float("nan")}}, "noise schedule"),
+    ({"args": {"beta_schedule": "sigmoid"}}, "noise schedule"),
     ({"schedule": [1]}, "'schedule' is a list"),
     ({"autoencoder": 3}, "autoencoder is damaged"),
     ({"autoencoder": {"model": {}}}, "no autoencoder weights"),

@@ -91,8 +91,8 @@ def run(job: Job) -> int:
 class StopRequest:
     """Turns the first SIGINT, SIGTERM or SIGUSR1 into the stop file; a second SIGINT ends at once."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.received = file, 0
+    def __init__(self, file: Path, first: str = "saving a checkpoint") -> None:
+        self.file, self.first, self.received = file, first, 0
 
     def __enter__(self) -> StopRequest:
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -110,7 +110,7 @@ class StopRequest:
             os._exit(130)
         self.received = self.received or number
         self.file.touch()
-        print(f"\n{signal.Signals(number).name}: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
+        print(f"\n{signal.Signals(number).name}: {self.first}, then stopping", file=sys.stderr, flush=True)
 
 
 class Watch:

@@ -55,25 +55,51 @@ def train(config: TrainConfig) -> Outcome:
     paths, content = resumed(config, base)
     found = autoencoder_of(config, base, content)
     with connected():
-        gpu = use_gpu(config.device)
-        source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
-        if found is None:
-            kind = "conv" if gpu else "mlp"
-            log.info("no autoencoder checkpoint found: training one first (%s)", kind)
-            shared = ("dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
-            settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
-            first = AutoencoderConfig(**settings, model=kind, outdir=str(base), auto_resume=config.auto_resume)
-            outcome = _fit_autoencoder(first, source, base)
-            if outcome.code:
-                return outcome
-            found = checkpoint.load_autoencoder(outcome.paths.latest)
-        log.info("autoencoder: %s (type %s, %d numbers)", found.path, found.codec.kind, found.codec.latent_dim)
-        if source.image_size != found.codec.image_size:
-            raise ConfigError(f"images are {source.image_size}, the autoencoder takes {found.codec.image_size}")
-        folder = encode(source, found, base, config.encode_workers, config.device)
-        if content is None:  # a resumed run keeps the statistics it began with
-            found = dataclasses.replace(found, codec=found.codec.with_statistics(read_examples(folder).statistics))
-        return _fit(config, source, folder, base, paths, content, found)
+        latents = latents_of(config, base, found)
+        if isinstance(latents, Outcome):
+            return latents
+        # A resumed run keeps the statistics it began with
+        found = latents.whitened if content is None else latents.autoencoder
+        return _fit(config, latents.source, latents.folder, base, paths, content, found)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """folder: the encoded images of source. autoencoder: the one that made them."""
+
+    source: ImageSource
+    folder: Path
+    autoencoder: AutoencoderCheckpoint
+
+    @property
+    def whitened(self) -> AutoencoderCheckpoint:
+        """The autoencoder with the statistics of these latents."""
+        codec = self.autoencoder.codec.with_statistics(read_examples(self.folder).statistics)
+        return dataclasses.replace(self.autoencoder, codec=codec)
+
+
+def latents_of(config: TrainConfig, base: Path, found: AutoencoderCheckpoint | None) -> Latents | Outcome:
+    """The images as latents of the autoencoder found, within ``connected()``.
+
+    Without one, trains it first; when a signal stops that, its outcome.
+    """
+    gpu = use_gpu(config.device)
+    source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
+    if found is None:
+        kind = "conv" if gpu else "mlp"
+        log.info("no autoencoder checkpoint found: training one first (%s)", kind)
+        shared = ("dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
+        settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
+        first = AutoencoderConfig(**settings, model=kind, outdir=str(base), auto_resume=config.auto_resume)
+        outcome = _fit_autoencoder(first, source, base)
+        if outcome.code:
+            return outcome
+        found = checkpoint.load_autoencoder(outcome.paths.latest)
+    log.info("autoencoder: %s (type %s, %d numbers)", found.path, found.codec.kind, found.codec.latent_dim)
+    if source.image_size != found.codec.image_size:
+        raise ConfigError(f"images are {source.image_size}, the autoencoder takes {found.codec.image_size}")
+    folder = encode(source, found, base, config.encode_workers, config.device)
+    return Latents(source, folder, found)
 
 
 def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: Path) -> Outcome:

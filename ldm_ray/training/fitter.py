@@ -45,9 +45,8 @@ class Fitter:
         self.steps_per_epoch = math.ceil(total_rows / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda")
-        )
+        fused, decay = device.type in ("cpu", "cuda"), config.weight_decay
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=decay, fused=fused)
         self.context, self.scaler = autocast(device, config.amp)
         self.ema = EMA(task.model, task.ema_decay) if task.ema_decay else None
         self.generator = torch.Generator(device)

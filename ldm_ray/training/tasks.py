@@ -105,7 +105,9 @@ class DenoiserTask(Task):
 
     def __init__(self, config: TrainConfig, autoencoder: AutoencoderCheckpoint, device: torch.device) -> None:
         self.config, self.autoencoder = config, autoencoder
-        self.schedule = NoiseSchedule(config.num_train_timesteps, config.beta_start, config.beta_end)
+        self.schedule = NoiseSchedule(
+            config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule
+        )
         self.noiser = Noiser(self.schedule, device)
         self.denoiser = Denoiser(autoencoder.codec.latent_dim, config.hidden_dim).to(device)
         self.model: nn.Module = self.denoiser

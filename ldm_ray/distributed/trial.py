@@ -1,0 +1,59 @@
+"""A trial of a search as a Ray Tune function. What it computes is ``training/trial.py``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray import tune
+
+from ldm_ray.config import TrainConfig
+from ldm_ray.training import trial
+from ldm_ray.training.trial import Diverged, TrialData
+
+OBJECTIVE = "objective"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all trials of a search share. base: the settings that are not searched; stop: the file whose
+    existence ends the search; samples, steps: of the objective."""
+
+    base: dict[str, Any]
+    device: str
+    threads: int
+    samples: int
+    steps: int
+    stop: Path
+
+
+def run_trial(config: dict[str, Any], setup: Setup, arrays: dict[str, np.ndarray], autoencoder: dict[str, Any]) -> None:
+    """Trains with ``config["settings"]`` and reports after every epoch (see ``trial.run``).
+
+    arrays: the tensors of ``TrialData`` by name, which lie in the object store once per machine and are read
+    only. A trial that diverged reports an infinite objective with ``failed`` saying why, rather than raise:
+    Tune would throw the actor away, and the search algorithm is to learn from it. One that was asked to stop
+    within an epoch reports ``interrupted``. The process is used by one
+    trial after another, so nothing may be left behind: every random number comes from the configuration's seed.
+    """
+    torch.set_num_threads(setup.threads)
+    with warnings.catch_warnings():  # torch warns that the arrays are read-only; nothing writes to them
+        warnings.simplefilter("ignore")
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    train, device = TrainConfig(**{**setup.base, **config["settings"]}), torch.device(setup.device)
+    data = TrialData(**tensors, autoencoder=autoencoder)
+    epoch = 0
+    try:
+        for metrics in trial.run(train, data, device, setup.samples, setup.steps, setup.stop.exists):
+            epoch = metrics["epoch"]
+            tune.report(metrics)
+    except Diverged as error:
+        tune.report({"epoch": epoch + 1, OBJECTIVE: math.inf, "failed": f"diverged: {error}"})
+        return
+    if epoch < train.epochs:
+        tune.report({"epoch": epoch, OBJECTIVE: math.inf, "interrupted": True})

@@ -1,0 +1,214 @@
+"""What a search found, as PNG: objective against settings, schedules, parallel coordinates, learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import LogLocator, NullFormatter
+from records import SearchPaths, Trial
+from space import canonical
+
+from ldm_ray.config import BETA_SCHEDULES, TrainConfig
+from ldm_ray.diffusion.schedule import NoiseSchedule
+
+BEST = 5
+SHAPES = dict(zip(BETA_SCHEDULES, "o^s", strict=True))
+COLOURS = "viridis_r"
+DPI = 110
+
+
+def draw(paths: SearchPaths, trials: Sequence[Trial], floor: float, num_train_timesteps: int) -> list[Path]:
+    """Draws every picture that the scored trials allow; the files written. floor: what real latents score."""
+    scored = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: score(trial))
+    if not scored:
+        return []
+    pictures: dict[str, Callable[[], Any]] = {
+        "objective": lambda: objective(scored, floor),
+        "schedules": lambda: schedules(scored[:BEST], num_train_timesteps),
+        "parallel": lambda: parallel(scored),
+        "curves": lambda: curves(scored, floor),
+    }
+    made = []
+    for name, picture in pictures.items():
+        figure = picture()
+        figure.savefig(paths.picture(name), dpi=DPI)
+        plt.close(figure)
+        made.append(paths.picture(name))
+    return made
+
+
+def score(trial: Trial) -> float:
+    assert trial.objective is not None
+    return trial.objective
+
+
+def varied(trials: Sequence[Trial]) -> list[str]:
+    """The settings with more than one value, where they have an effect."""
+    used = [canonical(trial.settings) for trial in trials]
+    return [name for name in trials[0].settings if len({each[name] for each in used if name in each}) > 1]
+
+
+def colours_of(trials: Sequence[Trial]) -> Any:
+    scores = [score(trial) for trial in trials]
+    low, high = max(min(scores), 1e-9), max(scores)
+    return LogNorm(low, max(high, low * 1.01))
+
+
+def objective(trials: Sequence[Trial], floor: float) -> Any:
+    """A panel for each number that varies: the objective against it; filled where the trial had all its epochs."""
+    names = [name for name in varied(trials) if not isinstance(trials[0].settings[name], str)] or ["lr"]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.9 * rows), squeeze=False, layout="constrained", sharey=True
+    )
+    for panel, name in zip(panels.flat, names, strict=False):
+        shown = [trial for trial in trials if name in canonical(trial.settings)]
+        for shape, marker in SHAPES.items():
+            for whole in (True, False):
+                part = [
+                    trial
+                    for trial in shown
+                    if trial.settings.get("beta_schedule", "linear") == shape and (trial.status == "finished") == whole
+                ]
+                colour = f"C{list(SHAPES).index(shape)}"
+                panel.scatter(
+                    [trial.settings.get(name, getattr(TrainConfig, name)) for trial in part],
+                    [score(trial) for trial in part],
+                    marker=marker,
+                    facecolors=colour if whole else "none",
+                    edgecolors=colour,
+                    label=shape if whole else None,
+                )
+        if shown and all(trial.settings.get(name, 1) > 0 for trial in shown):
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value < 0.01 else f"{value:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.tick_params(axis="x", labelsize=8, rotation=30)
+        panel.axhline(floor, color="grey", linestyle=":", linewidth=1)
+        panel.set_yscale("log")
+        panel.set_xlabel(name)
+    for panel in panels.flat[len(names) :]:
+        panel.set_visible(False)
+    for row in panels:
+        row[0].set_ylabel("class-wise Fréchet distance")
+    panels[0][0].legend(fontsize=8, title="filled: all epochs; dotted: real latents", title_fontsize=7)
+    return figure
+
+
+def schedules(best: Sequence[Trial], num_train_timesteps: int) -> Any:
+    """ᾱ and half the log SNR over time, of the best trials and of the default."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lines = [
+        (f"trial {trial.number}: {score(trial):.3f}", schedule_of(trial.settings, num_train_timesteps))
+        for trial in best
+    ]
+    for label, schedule in [*lines, ("default", schedule_of({}, num_train_timesteps))]:
+        alphas_cumprod = schedule.alphas_cumprod.numpy()
+        style: dict[str, Any] = {"color": "black", "linestyle": "--"} if label == "default" else {}
+        text = label if label == "default" else f"{label}, {schedule.beta_schedule}"
+        left.plot(alphas_cumprod, label=text, **style)
+        right.plot(np.log(alphas_cumprod / (1 - alphas_cumprod)) / 2, **style)
+    left.set_ylabel("ᾱ")
+    right.set_ylabel("½ log SNR")
+    for panel in (left, right):
+        panel.set_xlabel("timestep")
+    left.legend(fontsize=8)
+    return figure
+
+
+def schedule_of(settings: dict[str, Any], num_train_timesteps: int) -> NoiseSchedule:
+    """The schedule of a trial; what it does not set has the default."""
+    names = ("beta_start", "beta_end", "beta_schedule")
+    known = {name: canonical(settings)[name] for name in names if name in canonical(settings)}
+    return NoiseSchedule(num_train_timesteps, **known)
+
+
+def parallel(trials: Sequence[Trial]) -> Any:
+    """A line for each trial across the settings that vary, coloured by its objective; the best in front."""
+    names = varied(trials) or list(trials[0].settings)[:1]
+    figure, panel = plt.subplots(figsize=(2.2 * (len(names) + 1) + 1, 4.4), layout="constrained")
+    norm, colours = colours_of(trials), plt.get_cmap(COLOURS)
+    axes = [axis_of([trial.settings[name] for trial in trials if name in canonical(trial.settings)]) for name in names]
+    axes.append(axis_of([score(trial) for trial in trials]))
+    for trial in reversed(trials):
+        effective = canonical(trial.settings)
+        heights = [
+            place(effective[name]) if name in effective else np.nan
+            for (place, _), name in zip(axes, names, strict=False)
+        ]
+        places = [*bridged(heights), axes[-1][0](score(trial))]
+        width = 2.2 if trial in trials[:BEST] else 0.9
+        panel.plot(range(len(places)), places, color=colours(norm(score(trial))), linewidth=width)
+    for x, (_, ticks) in enumerate(axes):
+        panel.axvline(x, color="black", linewidth=0.8)
+        for height, text in ticks:
+            panel.annotate(
+                text,
+                (x, height),
+                xytext=(3, 0),
+                textcoords="offset points",
+                fontsize=8,
+                va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+            )
+    panel.set_xticks(range(len(axes)), [*names, "objective"])
+    panel.set_yticks([])
+    panel.set_xlim(-0.1, len(names) + 0.45)
+    figure.colorbar(plt.cm.ScalarMappable(norm, COLOURS), ax=panel, label="class-wise Fréchet distance")
+    return figure
+
+
+def bridged(heights: list[float]) -> list[float]:
+    """Gaps (settings without effect) filled by a straight line between their neighbours."""
+    known = [i for i, height in enumerate(heights) if not np.isnan(height)]
+    return np.interp(range(len(heights)), known, [heights[i] for i in known]).tolist() if known else heights
+
+
+def axis_of(values: list[Any]) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
+    """(value → height in 0..1, [(height, tick)]): categories evenly, positive numbers by their logarithm."""
+    if isinstance(values[0], str):
+        known = sorted(set(values))
+        places = {value: i / max(1, len(known) - 1) for i, value in enumerate(known)}
+        return places.__getitem__, [(height, value) for value, height in places.items()]
+    scale: Callable[[float], float] = np.log if min(values) > 0 else float  # type: ignore[assignment]
+    low, high = scale(min(values)), scale(max(values))
+
+    def place(value: float) -> float:
+        return float((scale(value) - low) / (high - low)) if high > low else 0.5
+
+    return place, [(place(value), f"{value:.3g}") for value in sorted({min(values), max(values)})]
+
+
+def curves(trials: Sequence[Trial], floor: float) -> Any:
+    """The objective and the validation loss after each epoch; the validation losses of schedules do not compare."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for rank, trial in reversed(list(enumerate(trials))):
+        style: dict[str, Any] = {"color": "lightgrey", "linewidth": 0.9}
+        if rank < BEST:
+            style = {"color": f"C{rank}", "linewidth": 2, "label": f"trial {trial.number}: {score(trial):.3f}"}
+        line(left, trial, "objective", style)
+        line(right, trial, "val_loss", style)
+    left.axhline(floor, color="grey", linestyle=":", linewidth=1)
+    left.set_yscale("log")
+    left.set_ylabel("class-wise Fréchet distance")
+    right.set_ylabel("validation loss (not comparable between schedules)")
+    handles, labels = left.get_legend_handles_labels()
+    left.legend(handles[::-1], labels[::-1], fontsize=8)
+    return figure
+
+
+def line(panel: Axes, trial: Trial, metric: str, style: dict[str, Any]) -> None:
+    epochs = [point["epoch"] for point in trial.curve]
+    panel.plot(epochs, [point[metric] for point in trial.curve], marker=".", **style)
+    panel.set_xlabel("epoch")

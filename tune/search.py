@@ -1,0 +1,152 @@
+"""Searches noise schedule and learning rate: many short trainings over the same latents, on Ray Tune.
+
+  python tune/search.py                                        32 trials, Optuna with early stopping
+  python tune/search.py --lr 1e-4:1e-2 --beta-schedule linear --num-samples 64 --time-budget 30m --train-best
+  python tune/search.py --search grid --lr 1e-3,3e-3 --batch-size 128,512
+  python tune/search.py --resume                               go on where the last search stopped
+
+A trial trains as ldm_ray.train does and is scored by the class-wise Fréchet distance between latents that it
+samples and held-out ones, which noise schedules share; smaller is better. Ctrl-C, SIGTERM and SIGUSR1 stop the
+search with what it has; the exit code is then 128 + the signal's number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # the package beside this file, installed or not; Ray's workers go by PYTHONPATH
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[1], os.environ.get("PYTHONPATH")]))
+
+from records import Records, SearchPaths, best_config, read_search, table
+from space import SearchConfig
+
+from ldm_ray import checkpoint, cli, runs
+from ldm_ray.config import TrainConfig, outdir
+from ldm_ray.data.images import write_bytes
+from ldm_ray.errors import ConfigError, LdmError
+
+PROG = "python tune/search.py"
+log = logging.getLogger("ldm_ray.tune")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    config = cli.parse_config(SearchConfig, cli.Parser(prog=PROG, description=__doc__), given)
+    base = outdir(config.outdir)
+    runs.check_writable(base)
+    paths = paths_of(config, base)
+    go_on = f"stopped; go on with: {PROG} {shlex.join([flag for flag in given if flag != '--resume'])} --resume"
+    from ldm_ray.distributed import pipeline
+    from ldm_ray.distributed.cluster import connected
+
+    train = config.train_config()
+    found = pipeline.autoencoder_of(train, base, None)
+    with connected():
+        latents = pipeline.latents_of(train, base, found)
+        if isinstance(latents, pipeline.Outcome):
+            print(go_on)
+            return latents.code
+        trained, code = search(config, paths, latents, base)
+        if code:
+            print(go_on)
+        if code or trained is None:
+            return code
+        print(f"next        python -m ldm_ray.train --config {paths.best_config}")
+        if config.train_best:
+            return cli.close(pipeline.train(trained), "python -m ldm_ray.train", "python -m ldm_ray.infer --ckpt")
+    return 0
+
+
+def search(config: SearchConfig, paths: SearchPaths, latents: Any, base: Path) -> tuple[TrainConfig | None, int]:
+    """Runs the trials that are left and writes what came out: (the best configuration, the exit code).
+
+    latents: of ``pipeline.latents_of``. Raises LdmError when every trial failed.
+    """
+    from engine import Engine
+
+    from ldm_ray.distributed.encode import identity_of
+
+    identity = identity_of(latents.source, latents.autoencoder)
+    records = records_of(config, paths, identity)
+    engine = Engine(config, paths, latents)
+    state = {"config": config.to_dict(), "data": identity, "floor": engine.floor, "versions": checkpoint.versions()}
+    write_bytes(paths.search, (json.dumps(state, indent=1) + "\n").encode())
+    code = engine.run(records)
+    best = records.best
+    if best is None:
+        failed = [trial for trial in records.trials if trial.status == "failed"]
+        if code:
+            return None, code
+        if failed:
+            raise LdmError(f"all {len(failed)} trials failed; the first: {failed[0].reason} ({paths.trials})")
+        raise LdmError(f"no trial finished an epoch within the --time-budget of {config.time_budget}: give it more")
+    fixed = {"dataset": latents.source.name, "ae_ckpt": str(Path(latents.autoencoder.path).absolute())}
+    if config.outdir:
+        fixed["outdir"] = str(base)
+    trained = config.train_config(**{**fixed, **best.settings, "epochs": config.train_epochs})
+    write_bytes(paths.best_config, (json.dumps(best_config(trained, best.settings), indent=1) + "\n").encode())
+    show(paths, records, engine.floor, config)
+    return trained, code
+
+
+def show(paths: SearchPaths, records: Records, floor: float, config: SearchConfig) -> None:
+    """Prints the table and the files, after drawing the pictures."""
+    from pictures import draw
+
+    text = table(records.ranked(), floor)
+    write_bytes(paths.table, (text + "\n").encode())
+    print(text)
+    for trial in records.trials:
+        if trial.status == "failed":
+            print(f"trial {trial.number} failed: {trial.reason}")
+    pictures = draw(paths, records.trials, floor, config.num_train_timesteps)
+    print(f"pictures    {', '.join(file.name for file in pictures)} in {paths.folder}")
+    print(f"trials      {paths.trials}")
+    print(f"best        {paths.best_config}")
+
+
+def paths_of(config: SearchConfig, base: Path) -> SearchPaths:
+    """The folder of a new search, or of the one to go on with: ``--name``, or the newest. ConfigError otherwise."""
+    folder = base / "tune"
+    if config.resume:
+        pattern = f"{config.name or '*'}/search.json"
+        found = max(folder.glob(pattern), key=lambda file: file.stat().st_mtime, default=None)
+        if found is not None:
+            return SearchPaths(found.parent)
+        log.info("--resume: no search in %s; starting a new one", folder / (config.name or ""))
+    paths = SearchPaths(folder / (config.name or time.strftime("search-%Y%m%d-%H%M%S")))
+    if paths.search.exists():
+        raise ConfigError(f"{paths.folder} is there already: --resume goes on with it, another --name is a new search")
+    return paths
+
+
+def records_of(config: SearchConfig, paths: SearchPaths, identity: dict[str, Any]) -> Records:
+    """Of a new search, or those to go on from. ConfigError when the earlier search was another one."""
+    if not paths.search.exists():
+        return Records(paths.trials, [])
+    before = read_search(paths)
+    changed = config.differences(before["config"])
+    changed += [
+        f"{key} {old} then, {identity.get(key)} now" for key, old in before["data"].items() if identity.get(key) != old
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume: {paths.folder.name} is another search ({'; '.join(changed)}); give the same settings, "
+            "another --name, or leave --resume out for a new search"
+        )
+    records = Records.read(paths.trials)
+    log.info("going on with %s: %d trials are settled", paths.folder.name, len(records.settled))
+    return records
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)
