@@ -39,7 +39,7 @@ from ldm_ray.data.examples import read_examples, split
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.devices import autocast, pick_device
-from ldm_ray.diffusion.objective import epsilon_loss
+from ldm_ray.diffusion.objective import denoising_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
@@ -148,7 +148,7 @@ def bare_epoch(data: Tensor, labels: Tensor, config: TrainConfig) -> Callable[[]
         total = torch.zeros((), device=device)
         for rows in torch.randperm(len(data)).to(device).split(config.batch_size):
             with context:
-                loss = epsilon_loss(model, noiser, data[rows], labels[rows], model.null_label, dropout, generator)
+                loss = denoising_loss(model, noiser, data[rows], labels[rows], model.null_label, dropout, generator)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)

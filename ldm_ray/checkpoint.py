@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import ldm_ray
-from ldm_ray.diffusion.prediction import PREDICTION_TYPES
+from ldm_ray.config import PREDICTION_TYPES
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models import registry
@@ -240,7 +240,7 @@ def diffusion_content(
         },
         "config": config,
         "schedule": schedule.to_dict(),
-        "prediction_type": "epsilon",
+        "prediction_type": config.get("prediction_type", "epsilon"),
         "num_classes": model.num_classes,
         "autoencoder": embed(autoencoder),
         "versions": versions(),

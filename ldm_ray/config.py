@@ -18,6 +18,7 @@ from typing import Any
 from ldm_ray.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SAMPLERS = ("dpmpp_2m", "ddim", "ddpm")
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
 DATASET_HELP = (
@@ -193,6 +194,9 @@ class TrainConfig(RunConfig):
     beta_end: float = option(2e-2, "noise variance of the last timestep", above=0, below=1)
     beta_schedule: str = option(
         "linear", "shape of the noise schedule; squaredcos_cap_v2 goes by T alone", choices=BETA_SCHEDULES
+    )
+    prediction_type: str = option(
+        "epsilon", "what the denoiser learns: the noise, v, or x0 (sample)", choices=PREDICTION_TYPES
     )
     hidden_dim: int = option(256, "width of the denoiser", low=8, high=8192)
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm_ray.diffusion.ema import EMA
 from ldm_ray.diffusion.guidance import guided
-from ldm_ray.diffusion.objective import epsilon_loss
+from ldm_ray.diffusion.objective import denoising_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.errors import ConfigError
 from ldm_ray.models.denoiser import timestep_embedding
@@ -118,8 +118,8 @@ def test_the_loss_of_known_denoisers() -> None:
     def perfect(xt: Tensor, t: Tensor, _: Tensor) -> Tensor:  # x0 = 0, so that xt = √(1 − ᾱ) ε
         return xt / noiser.sigma[t][:, None]
 
-    assert epsilon_loss(perfect, noiser, x0, labels, 10, 0.1, generator).item() < 1e-10
-    nothing = epsilon_loss(lambda xt, t, y: torch.zeros_like(xt), noiser, x0, labels, 10, 0.1, generator)
+    assert denoising_loss(perfect, noiser, x0, labels, 10, 0.1, generator).item() < 1e-10
+    nothing = denoising_loss(lambda xt, t, y: torch.zeros_like(xt), noiser, x0, labels, 10, 0.1, generator)
     assert nothing.item() == pytest.approx(1, abs=5 * (2 / 16_000) ** 0.5)
 
 
@@ -132,9 +132,25 @@ def test_the_loss_hides_that_share_of_the_labels(dropout: float) -> None:
         return xt
 
     generator = torch.Generator().manual_seed(5)
-    epsilon_loss(watching, Noiser(NoiseSchedule()), torch.zeros(10_000, 2), labels, 10, dropout, generator)
+    denoising_loss(watching, Noiser(NoiseSchedule()), torch.zeros(10_000, 2), labels, 10, dropout, generator)
     t, y = seen
     hidden = y == 10
     assert torch.equal(y[~hidden], labels[~hidden])
     assert hidden.float().mean().item() == pytest.approx(dropout, abs=5 * (dropout * (1 - dropout) / 10_000) ** 0.5)
     assert t.min() < 10 and t.max() > 989 and t.min() >= 0 and t.max() <= 999
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_of_a_perfect_prediction_of_each_kind_is_zero(kind: str) -> None:
+    """x0 is known, so xt tells the noise."""
+    noiser, x0 = Noiser(NoiseSchedule()), torch.randn(500, 4, generator=torch.Generator().manual_seed(1))
+
+    def perfect(xt: Tensor, t: Tensor, _: Tensor) -> Tensor:
+        signal, sigma = noiser.signal[t][:, None], noiser.sigma[t][:, None]
+        noise = (xt - signal * x0) / sigma
+        return {"epsilon": noise, "v_prediction": signal * noise - sigma * x0, "sample": x0}[kind]
+
+    generator, labels = torch.Generator().manual_seed(0), torch.zeros(500, dtype=torch.int64)
+    assert denoising_loss(perfect, noiser, x0, labels, 10, 0.1, generator, kind).item() < 1e-8
+    wrong = denoising_loss(lambda xt, t, y: perfect(xt, t, y) + 1, noiser, x0, labels, 10, 0.1, generator, kind)
+    assert wrong.item() == pytest.approx(1, abs=1e-3)

@@ -15,7 +15,16 @@ from ldm_ray.config import Config, TrainConfig, check_value, flag_of, kind_of, o
 from ldm_ray.errors import ConfigError
 
 TRAIN = {field.name: field for field in dataclasses.fields(TrainConfig)}
-SEARCHED = ("lr", "beta_start", "beta_end", "beta_schedule", "batch_size", "hidden_dim", "weight_decay")
+SEARCHED = (
+    "lr",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "batch_size",
+    "hidden_dim",
+    "weight_decay",
+    "prediction_type",
+)
 SHARED = ("only_digit", "num_train_timesteps", "ae_ckpt", "ae_ckpt_dir", "amp", "val_fraction", "encode_workers")
 BETAS = ("beta_start", "beta_end")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -56,6 +65,7 @@ class SearchConfig(Config):
     batch_size: str | None = values_of("batch_size", None)
     hidden_dim: str | None = values_of("hidden_dim", None)
     weight_decay: str | None = values_of("weight_decay", None)
+    prediction_type: str | None = values_of("prediction_type", None)
     search: str = option("optuna", "how values are chosen", choices=("optuna", "random", "grid"))
     grid_points: int = option(3, "values of a LOW:HIGH range in a grid", low=2, high=100)
     num_samples: int = option(32, "trials; a grid has all its points at most", low=1, high=100_000, resume="free")

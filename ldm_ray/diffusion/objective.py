@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm_ray.diffusion.schedule import Noiser
 
 
-def epsilon_loss(
+def denoising_loss(
     denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
     noiser: Noiser,
     x0: Tensor,
@@ -19,8 +19,10 @@ def epsilon_loss(
     null_label: int,
     label_dropout: float,
     generator: torch.Generator,
+    prediction_type: str = "epsilon",
 ) -> Tensor:
-    """E‖ε − ε_θ(√ᾱ x0 + √(1 − ᾱ) ε, t, y)‖² as a mean over elements.
+    """E‖target − f_θ(√ᾱ x0 + √(1 − ᾱ) ε, t, y)‖² as a mean over elements; the target is ε, v = √ᾱ ε − √(1 − ᾱ) x0
+    (Salimans and Ho, arXiv:2202.00512) or x0, by ``prediction_type``.
 
     x0 (B, D), labels (B,). t is uniform; a share ``label_dropout`` of the labels becomes ``null_label``
     (classifier-free guidance, Ho and Salimans, arXiv:2207.12598). All randomness is the generator's.
@@ -30,5 +32,8 @@ def epsilon_loss(
     noise = torch.randn(x0.shape, device=device, generator=generator)
     hidden = torch.rand(batch, device=device, generator=generator) < label_dropout
     labels = torch.where(hidden, null_label, labels)
-    eps_pred = denoiser(noiser.add_noise(x0, noise, t), t, labels)
-    return F.mse_loss(eps_pred.float(), noise)
+    target = {"epsilon": noise, "sample": x0}.get(prediction_type)
+    if target is None:
+        target = noiser.velocity(x0, noise, t)
+    output = denoiser(noiser.add_noise(x0, noise, t), t, labels)
+    return F.mse_loss(output.float(), target)

@@ -77,3 +77,7 @@ class Noiser:
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x0, noise (B, D), t (B,) → xt (B, D)."""
         return torch.addcmul(self.signal[t][:, None] * x0, self.sigma[t][:, None], noise)
+
+    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x0, noise (B, D), t (B,) → v = √ᾱ ε − √(1 − ᾱ) x0 (B, D)."""
+        return self.signal[t][:, None] * noise - self.sigma[t][:, None] * x0

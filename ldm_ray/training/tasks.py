@@ -16,7 +16,7 @@ from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.config import MAX_SEED, AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.data.examples import Examples
 from ldm_ray.data.images import save_grid, to_float, to_uint8
-from ldm_ray.diffusion.objective import epsilon_loss
+from ldm_ray.diffusion.objective import denoising_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.generator import Generator
 from ldm_ray.models import registry
@@ -101,7 +101,7 @@ class Logits(nn.Module):
 
 
 class DenoiserTask(Task):
-    """Whitened latents and labels in, noise out."""
+    """Whitened latents and labels in; noise, v or x0 out."""
 
     def __init__(self, config: TrainConfig, autoencoder: AutoencoderCheckpoint, device: torch.device) -> None:
         self.config, self.autoencoder = config, autoencoder
@@ -118,7 +118,8 @@ class DenoiserTask(Task):
 
     def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         null, dropout = self.denoiser.null_label, self.config.label_dropout
-        return epsilon_loss(forward, self.noiser, batch, labels, null, dropout, generator)
+        kind = self.config.prediction_type
+        return denoising_loss(forward, self.noiser, batch, labels, null, dropout, generator, kind)
 
     def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
         assert isinstance(ema, Denoiser)
@@ -128,7 +129,7 @@ class DenoiserTask(Task):
 
     def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
         assert isinstance(ema, Denoiser)
-        make = Generator(ema, self.autoencoder.codec, self.schedule, self.device)
+        make = Generator(ema, self.autoencoder.codec, self.schedule, self.device, self.config.prediction_type)
         count, digit = self.config.samples_per_epoch, self.config.only_digit
         seeds = [(self.config.seed + i) % (MAX_SEED + 1) for i in range(count)]
         save_grid(make(seeds, [i % 10 if digit is None else digit for i in range(count)]), path)

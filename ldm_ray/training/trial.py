@@ -92,7 +92,7 @@ class Score:
         self.shape = (samples, task.denoiser.latent_dim)
         self.labels = metric.balanced_labels(samples).to(fitter.device)
         timesteps = spaced_timesteps(task.schedule, min(steps, task.schedule.num_train_timesteps), "logsnr")
-        self.plan = ddpm(task.schedule, transitions_of(timesteps))
+        self.plan = ddpm(task.schedule, transitions_of(timesteps), task.config.prediction_type)
 
     @torch.inference_mode()
     def __call__(self) -> float:
