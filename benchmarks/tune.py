@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,14 @@ import numpy as np
 import torch
 
 from ldm_ray import checkpoint
-from ldm_ray.config import TrainConfig
+from ldm_ray.config import SamplingConfig, TrainConfig
 from ldm_ray.data.examples import read_examples, split
-from ldm_ray.diffusion.samplers import ddpm
+from ldm_ray.data.images import to_uint8
+from ldm_ray.data.sources import load_source
+from ldm_ray.generator import Generator
+from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_ray.metrics.latent_frechet import ClassFrechet
+from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.models import registry
 from ldm_ray.training import trial
 
@@ -159,31 +162,18 @@ def rank_one(job: tuple[Bench, dict[str, Any], str]) -> dict[str, Any]:
     curve = list(trial.run(config, data, torch.device("cpu"), 1000, 40, lambda: False))
     early = max(1, bench.epochs // 3)
     metric, score = ClassFrechet(data.train, data.train_labels), kept[0]
-    labels, generator = metric.balanced_labels(2000), torch.Generator().manual_seed(1)
-    steps = list(range(config.num_train_timesteps - 1, -1, -config.num_train_timesteps // 250))
-    transitions = list(zip(steps, [*steps[1:], None], strict=True))
-    latents = torch.randn(2000, data.train.shape[1], generator=generator)
-    with torch.inference_mode():
-        more = partial(torch.randn, latents.shape, generator=generator)
-        denoising = ddpm(score.fitter.averaged, score.schedule, latents, labels, transitions, more)
-        *_, (made, _) = denoising
-        images = codec.decode(made)
+    labels, fitter = metric.balanced_labels(2000), score.fitter
+    generator = Generator(fitter.averaged, codec, fitter.task.schedule)
+    sampling = SamplingConfig(sampler="ddpm", num_inference_steps=250)
+    made = generator.latents(range(2000), labels.tolist(), sampling)
+    images = codec.decode(made)
     row = {"early": early, "short": curve[early - 1]["objective"], "whole": curve[-1]["objective"]}
     return row | {"long": metric(made, labels)} | lenet(images, bench.dataset)
 
 
 def lenet(images: torch.Tensor, dataset: str) -> dict[str, float]:
-    """FD-LeNet against the test images, where that metric is there."""
-    try:
-        from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
-        from ldm_ray.metrics.lenet import Classifiers
-    except ImportError:
-        return {}
-    from ldm_ray.data.images import decode_png, to_uint8
-    from ldm_ray.data.sources import load_source
-
-    rows = load_source(dataset, "test", Path("hf_cache")).table["image"].to_pylist()
-    real = torch.from_numpy(np.stack([decode_png(row["bytes"]) for row in rows]))[:, None]
+    """FD-LeNet against the test images."""
+    real, _ = load_source(dataset, "test", Path("hf_cache")).decode()
     network = Classifiers.shipped()
     made, there = (FeatureStatistics.of(network.features(part)) for part in (to_uint8(images.nan_to_num()), real))
     return {"lenet": frechet_distance(made, there)}

@@ -202,7 +202,7 @@ def curves(trials: Sequence[Trial], floor: float) -> Any:
     left.axhline(floor, color="grey", linestyle=":", linewidth=1)
     left.set_yscale("log")
     left.set_ylabel("class-wise Fréchet distance")
-    right.set_ylabel("validation loss (not comparable between schedules)")
+    right.set_ylabel("validation loss (each of its own schedule)")
     handles, labels = left.get_legend_handles_labels()
     left.legend(handles[::-1], labels[::-1], fontsize=8)
     return figure

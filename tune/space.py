@@ -61,7 +61,7 @@ class SearchConfig(Config):
     lr: str = values_of("lr", "1e-4:1e-2")
     beta_start: str = values_of("beta_start", "1e-5:1e-3")
     beta_end: str = values_of("beta_end", "5e-3:5e-2")
-    beta_schedule: str = values_of("beta_schedule", "linear,scaled_linear,squaredcos_cap_v2")
+    beta_schedule: str = values_of("beta_schedule", "linear,scaled_linear")
     batch_size: str | None = values_of("batch_size", None)
     hidden_dim: str | None = values_of("hidden_dim", None)
     weight_decay: str | None = values_of("weight_decay", None)
