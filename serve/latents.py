@@ -55,9 +55,9 @@ async def latent_map(service: Service, model: str | None, n: int, seed: int) -> 
     if any(outcome is None or outcome.value != "done" for outcome in job.outcomes):
         raise ApiError(500, "some images came out as numbers that are not finite", code="not_finite")
     latents = job.latents.double().numpy()  # (n, D)
-    origin = latents.mean(axis=0)
+    origin = np.median(latents, axis=0)  # a few images may lie far out
     kinds = sorted({label for label in labels if label is not None})
-    centres = np.stack([latents[[label == kind for label in labels]].mean(axis=0) for kind in kinds])
+    centres = np.stack([np.median(latents[[label == kind for label in labels]], axis=0) for kind in kinds])
     spread = centres - origin if len(kinds) > 2 else latents - origin
     axes = np.linalg.svd(spread, full_matrices=False)[2][:2]  # (2, D)
     axes *= np.where(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)] < 0, -1.0, 1.0)[:, None]
