@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from ldm_ray.diffusion.guidance import guided
 from ldm_ray.diffusion.noise import gaussian
 from ldm_ray.diffusion.samplers import Step, advance
 from ldm_ray.generator import Generator, filled
-
-if TYPE_CHECKING:
-    from ldm_ray.slots import Job, Outcome
+from ldm_ray.slot_jobs import Job, Outcome
 
 TABLES_KEPT = 256
 AHEAD = 32  # steps that an image's noise is drawn for at a time
@@ -81,10 +79,6 @@ class Board:
             self.labels = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,)
             self.noise = torch.zeros(0, AHEAD, self.dim, device=self.device)  # (N, AHEAD, D)
         self._grow(generator.tiles.sizes[-1])
-
-    def check_labels(self, labels: Sequence[int | None]) -> None:
-        """ConfigError on a label outside the classes."""
-        self.generator.labels_of(labels)
 
     @torch.inference_mode()
     def join(self, images: list[Image]) -> None:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ldm_ray.config import MAX_SEED, SamplerConfig, SamplingConfig
+from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.diffusion.samplers import Plan, plan_of
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import Generator
+from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slot_tiles import Board, Image, Tile, tiles_of
 
 PLANS_KEPT = 256
@@ -29,54 +28,6 @@ RECENT_S = 5.0  # seconds of work that the rate is measured over
 LEG = 64  # most steps that a tile takes in one go, while nothing else happens
 LEG_CROWDED = 4  # the same where there are more tiles than threads
 log = logging.getLogger(__name__)
-
-
-class Outcome(Enum):
-    """What became of an image."""
-
-    DONE = "done"
-    FAILED = "failed"  # numbers that are not finite, or an error in its tile
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"  # the deadline came first
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """The images of one request.
-
-    start: latents (n, D) to begin from instead of the seeds' noise; with ``sampling=None`` they are only decoded.
-    show: after which steps (1…S) the image predicted so far is handed to ``on_image(i, step, image (H, W) uint8)``.
-    deadline: a ``time.monotonic()``. ``on_done(job)`` comes once, when every image has its outcome. Both are called
-    in the thread of the slots and are to be quick.
-    """
-
-    seeds: Sequence[int]
-    labels: Sequence[int | None]
-    sampling: SamplingConfig | None
-    start: Tensor | None = None
-    show: Collection[int] = ()
-    deadline: float | None = None
-    on_image: Callable[[int, int, Tensor], None] | None = None
-    on_done: Callable[[Job], None] | None = None
-
-    outcomes: list[Outcome | None] = field(init=False)
-    images: Tensor = field(init=False)  # (n, H, W) uint8, zeros where there is none
-    latents: Tensor = field(init=False)  # (n, D) float32, whitened
-    steps_done: int = field(default=0, init=False)  # of all images together
-    cancelled: bool = field(default=False, init=False)
-    open: int = field(default=0, init=False)  # images without an outcome
-    plan: Plan = field(default=(), init=False, repr=False)
-    plan_id: int = field(default=0, init=False, repr=False)
-    noisy: bool = field(default=False, init=False)  # whether any step adds noise
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.sampling is None else self.sampling.guidance_scale
-
-    @property
-    def work(self) -> int:
-        """Denoiser rows that the whole job takes: n × steps, twice that under guidance; at least n."""
-        return len(self.seeds) * max(1, len(self.plan)) * (1 if self.scale == 1 else 2)
 
 
 class Closed(Exception):
@@ -107,7 +58,7 @@ class Slots:
         self.figures = Figures()
         self.live: list[Image] = []
         self._waiting: list[Job] = []
-        self._plans: dict[SamplerConfig, tuple[int, Plan]] = {}
+        self._plans: dict[SamplingConfig, tuple[int, Plan]] = {}
         self._plan_count = 0
         self._outstanding = self._open = 0
         self._recent = (0.0, 0.0)  # (denoiser rows, seconds) of the last rounds
@@ -129,7 +80,9 @@ class Slots:
             raise ConfigError(f"{count} seeds and {len(job.labels)} labels: as many of each, at least one")
         if any(not 0 <= seed <= MAX_SEED for seed in job.seeds):
             raise ConfigError(f"a seed is 0 to {MAX_SEED}")
-        self.board.check_labels(job.labels)
+        classes = self.generator.num_classes
+        if any(label is not None and not 0 <= label < classes for label in job.labels):
+            raise ConfigError(f"a label is 0 to {classes - 1}, or None")
         dim = self.generator.codec.latent_dim
         if job.start is not None and (job.start.shape != (count, dim) or not bool(torch.isfinite(job.start).all())):
             raise ConfigError(f"start latents are {count} times {dim} finite numbers")
@@ -138,9 +91,7 @@ class Slots:
         if job.sampling is not None:
             job.plan_id, job.plan = self._plan(job.sampling)
             job.noisy = any(step.sigma for step in job.plan)
-        height, width = self.generator.codec.image_size
         job.outcomes, job.open = [None] * count, count
-        job.images, job.latents = torch.zeros(count, height, width, dtype=torch.uint8), torch.zeros(count, dim)
         with self._wake:
             if self._closed:
                 raise Closed
@@ -220,6 +171,10 @@ class Slots:
         return bool(self.live) or not self._stopping
 
     def _join(self, jobs: list[Job]) -> None:
+        for job in jobs:  # here rather than in submit: what a caller's thread does with torch waits for the tiles
+            count = len(job.seeds)
+            job.images = torch.zeros(count, *self.generator.codec.image_size, dtype=torch.uint8)
+            job.latents = torch.zeros(count, self.generator.codec.latent_dim)
         joined = [Image(job, i, job.seeds[i]) for job in jobs for i in range(len(job.seeds))]
         if joined:
             self.board.join(joined)
@@ -297,14 +252,17 @@ class Slots:
                 called(job.on_done, job)
 
     def _plan(self, sampling: SamplingConfig) -> tuple[int, Plan]:
-        key = sampling.sampling_at(1.0)
-        found = self._plans.get(key)
+        found = self._plans.get(sampling)
         if found is None:
-            plan = plan_of(self.generator.schedule, sampling, self.generator.prediction_type)
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.clear()
-            self._plan_count += 1
-            found = self._plans[key] = (self._plan_count, plan)
+            alone = sampling.sampling_at(1.0)  # guidance changes nothing in a plan
+            found = self._plans.get(alone)
+            if found is None:
+                plan = plan_of(self.generator.schedule, sampling, self.generator.prediction_type)
+                self._plan_count += 1
+                found = self._plans[alone] = (self._plan_count, plan)
+            self._plans[sampling] = found
         return found
 
 

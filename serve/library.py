@@ -14,7 +14,8 @@ from ldm_ray.devices import pick_device
 from ldm_ray.diffusion.samplers import DEFAULT_STEPS
 from ldm_ray.errors import LdmError
 from ldm_ray.generator import Generator
-from ldm_ray.slots import Job, Outcome, Slots
+from ldm_ray.slot_jobs import Job, Outcome
+from ldm_ray.slots import Slots
 from serve.errors import ApiError
 from serve.schemas import MAX_IMAGES, MAX_SCALE
 from serve.settings import Settings

@@ -7,13 +7,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
 from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.errors import ConfigError
-from ldm_ray.slots import Closed, Job, Outcome
+from ldm_ray.slot_jobs import Job, Outcome
+from ldm_ray.slots import Closed
 from serve.errors import ApiError, invalid
 from serve.library import Library, Served
 from serve.media import Made
@@ -39,7 +41,7 @@ class Order:
     sampling: SamplingConfig | None
     start: torch.Tensor | None = None
 
-    @property
+    @cached_property
     def steps(self) -> int:
         return 0 if self.sampling is None else len(self.served.slots.plan(self.sampling))
 
@@ -51,6 +53,17 @@ class Order:
             told |= {"sampler": self.sampling.sampler, "steps": self.steps}
             told["guidance"] = f"{self.sampling.guidance_scale:g}"
         return {key: str(value) for key, value in told.items()}
+
+
+@lru_cache(maxsize=1024)
+def sampling_config(sampler: str | None, steps: int | None, guidance: float | None) -> SamplingConfig:
+    """Settings with the defaults for what is None."""
+    default = SamplingConfig()
+    return SamplingConfig(
+        sampler=sampler or default.sampler,
+        num_inference_steps=steps,
+        guidance_scale=default.guidance_scale if guidance is None else guidance,
+    )
 
 
 class Service:
@@ -103,12 +116,7 @@ class Service:
 
     def settled(self, served: Served, sampler: str | None, steps: int | None, guidance: float | None) -> SamplingConfig:
         """Settings with the defaults filled in. ApiError: more steps than the model has."""
-        default = SamplingConfig()
-        made = SamplingConfig(
-            sampler=sampler or default.sampler,
-            num_inference_steps=steps,
-            guidance_scale=default.guidance_scale if guidance is None else guidance,
-        )
+        made = sampling_config(sampler, steps, guidance)
         try:
             served.slots.plan(made)
         except ConfigError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldm_ray.data.images import encode_png
-from ldm_ray.slots import Job
+from ldm_ray.slot_jobs import Job
 from serve.errors import ApiError, internal
 from serve.media import enlarged, items
 from serve.service import Order, Service

@@ -17,8 +17,9 @@ from ldm_ray.errors import ConfigError
 from ldm_ray.generator import Generator
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
+from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slot_tiles import Image
-from ldm_ray.slots import Closed, Job, Outcome, Slots, choose
+from ldm_ray.slots import Closed, Slots, choose
 
 LONG = SamplingConfig(sampler="ddpm")  # 1000 steps
 SHORT = SamplingConfig(num_inference_steps=3)
@@ -223,7 +224,7 @@ def test_jobs_that_cannot_be_are_refused(slots: Slots) -> None:
         ([1, 2], [1], "as many of each"),
         ([-1], [1], "a seed is"),
         ([MAX_SEED + 1], [1], "a seed is"),
-        ([1], [10], "outside 0 to 9"),
+        ([1], [10], "a label is 0 to 9"),
     ):
         with pytest.raises(ConfigError, match=message):
             slots.submit(Job(seeds=seeds, labels=labels, sampling=SHORT))
