@@ -260,7 +260,7 @@ class InferConfig(SamplingConfig):
     seed: int = option(42, "image i has seed + i", low=0, high=MAX_SEED)
     device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
     show_process: bool = option(False, "also write the denoising, as a strip and as a GIF")
-    process_steps: int = option(10, "pictures in the strip", low=2, high=1000)
+    process_steps: int = option(10, "pictures in the strip, one a step at most", low=2, high=1000)
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
 
