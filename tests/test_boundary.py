@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_RAY = ["config", "cli", "errors", "safe_load", "checkpoint", "runs", "generator", "devices"]
-WITHOUT_RAY_FOLDERS = ["data", "models", "diffusion", "training"]
+WITHOUT_RAY_FOLDERS = ["data", "dataset", "models", "diffusion", "training"]
 
 
 def modules() -> list[str]:
