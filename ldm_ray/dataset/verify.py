@@ -74,7 +74,7 @@ def open_generator(request: Request, manifest: Mapping[str, Any], config: Verify
     if fingerprint_of(device) != request.engine:
         raise ConfigError(
             f"images made by this device ({device.type}) and PyTorch may differ in their last bits from those "
-            f"there ({manifest.get('device')}, torch {manifest['versions'].get('torch')}): --sample 0 checks hashes alone"
+            f"there ({manifest.get('device')}, torch {manifest['versions'].get('torch')}): see --sample 0, hashes alone"
         )
     path = Path(config.ckpt or manifest["ckpt"]).expanduser()
     if not path.is_file():
