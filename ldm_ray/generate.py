@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -159,7 +160,7 @@ def generate(config: GenerateConfig, path: Path) -> int:
     print(f"hash         {finish.dataset_hash(records)}")
     if config.npz:
         print(f"for metrics  {store}/{finish.NPZ}")
-    print(f"check        {PROG} verify {store}")
+    print(f"check        {PROG} verify {shlex.quote(str(store))}")
     return 0
 
 
