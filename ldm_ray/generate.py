@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -159,14 +160,14 @@ def generate(config: GenerateConfig, path: Path) -> int:
     print(f"hash         {finish.dataset_hash(records)}")
     if config.npz:
         print(f"for metrics  {store}/{finish.NPZ}")
-    print(f"check        {PROG} verify {store}")
+    print(f"check        {PROG} verify {shlex.quote(str(store))}")
     return 0
 
 
 def join(stack: contextlib.ExitStack, config: GenerateConfig) -> tuple[str, str]:
     """Starts or joins Ray until the stack closes; (device, fingerprint) of its workers."""
     from ldm_ray.distributed.cluster import connected
-    from ldm_ray.distributed.generate import where
+    from ldm_ray.distributed.generate import where  # before Ray starts: importing ray.data sets its loggers up
 
     stack.enter_context(connected())
     return where(config.device)

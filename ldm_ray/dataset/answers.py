@@ -26,7 +26,7 @@ from ldm_ray.dataset.shards import BATCH
 from ldm_ray.devices import pick_device
 from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.errors import ConfigError
-from ldm_ray.generator import Generator
+from ldm_ray.generator import DEFAULT, Generator
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SAMPLING = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale")
@@ -52,7 +52,7 @@ class Wish:
     custom_id: str | None = None
     seeds: tuple[int, ...] = ()
     labels: tuple[int | None, ...] = ()
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = DEFAULT
     error: Refused | None = None
     data: list[dict[str, Any]] | None = None
 

@@ -22,10 +22,10 @@ class Store:
     def __init__(self, where: str) -> None:
         self.where = where if "://" in where else str(Path(where).expanduser().absolute())
         try:
-            local = fs.LocalFileSystem(), self.where
-            self.fs, self.root = fs.FileSystem.from_uri(where) if "://" in where else local
+            self.fs, root = fs.FileSystem.from_uri(where) if "://" in where else (fs.LocalFileSystem(), self.where)
         except (pa.ArrowException, OSError, ValueError, ImportError) as error:
             raise ConfigError(f"{where} cannot be opened by pyarrow: {first_line(error)}") from None
+        self.root: str = root.rstrip("/")
         self.is_local = isinstance(self.fs, fs.LocalFileSystem)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -73,8 +73,8 @@ def open_generator(request: Request, manifest: Mapping[str, Any], config: Verify
     device = pick_device(config.device or manifest.get("device"))
     if fingerprint_of(device) != request.engine:
         raise ConfigError(
-            f"images made on this device ({device.type}) and PyTorch may differ in their last bits from the dataset's "
-            f"({manifest.get('device')}, {manifest.get('versions', {}).get('torch')}): --sample 0 checks the hashes alone"
+            f"images made by this device ({device.type}) and PyTorch may differ in their last bits from those "
+            f"there ({manifest.get('device')}, torch {manifest['versions'].get('torch')}): see --sample 0, hashes alone"
         )
     path = Path(config.ckpt or manifest["ckpt"]).expanduser()
     if not path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -55,7 +55,9 @@ def where(device: str | None) -> tuple[str, str]:
     return "cuda", ray.get(ask.remote())
 
 
-def generate(job: Job, missing: Sequence[int], workers: int, device: str) -> Iterator[tuple[Record, bool, float]]:
+def generate(
+    job: Job, missing: Sequence[int], workers: int, device: str
+) -> Generator[tuple[Record, bool, float], None, None]:
     """(record, whether it was made now, seconds) of each missing shard as it is committed, in any order.
 
     A worker that is killed is started again and its shard made anew. Raises LdmError as the worker raised it.
