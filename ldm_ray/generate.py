@@ -155,6 +155,7 @@ def generate(config: GenerateConfig, path: Path) -> int:
     finish.finish(store, asked, records, manifest)
     if config.npz:
         finish.write_npz(store, asked, records)
+    store.clean()
     size = sum(record.bytes for record in records.values())
     print(f"dataset      {store}: {asked.count:,} images in {asked.num_shards:,} shards, {size / 1e6:,.1f} MB")
     print(f"hash         {finish.dataset_hash(records)}")

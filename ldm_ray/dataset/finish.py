@@ -40,8 +40,7 @@ def dataset_hash(records: Mapping[int, Record]) -> str:
 
 
 def finish(store: Store, request: Request, records: Mapping[int, Record], manifest: Mapping[str, Any]) -> None:
-    """Writes what is missing of card, preview and, last, SHA256SUMS; removes what killed writers left."""
-    store.clean()
+    """Writes what is missing of card, preview and, last, SHA256SUMS."""
     there = store.sizes()
     if {SUMS, CARD, PREVIEW} <= there.keys() and there[SUMS] == len(sums(records)):
         return
