@@ -8,9 +8,12 @@ from torch import Tensor
 from ldm_ray.diffusion.samplers import Denoise
 
 
-def guided(denoise: Denoise, guidance_scale: float, null_label: int) -> Denoise:
-    """uncond + s·(cond − uncond), both halves in one pass; a scale of 1 is the denoiser itself."""
-    if guidance_scale == 1:
+def guided(denoise: Denoise, guidance_scale: float | Tensor, null_label: int) -> Denoise:
+    """uncond + s·(cond − uncond), both halves in one pass; a scale of 1 is the denoiser itself.
+
+    A scale for each image is a column (B, 1) float32.
+    """
+    if not isinstance(guidance_scale, Tensor) and guidance_scale == 1:
         return denoise
 
     def denoise_guided(latents: Tensor, t: Tensor, labels: Tensor) -> Tensor:

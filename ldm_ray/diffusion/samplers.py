@@ -29,15 +29,19 @@ DEFAULT_SPACING = "trailing"  # chosen with the steps by measurement: docs/sampl
 
 @dataclass(frozen=True)
 class Step:
-    """x0 = x0_from_xt·xt + x0_from_output·output; next = keep·xt + x0·x0 + before·(x0 a step ago) + sigma·noise."""
+    """x0 = x0_from_xt·xt + x0_from_output·output; next = keep·xt + x0·x0 + before·(x0 a step ago) + sigma·noise.
+
+    In a plan all are floats. For images at different steps they are columns (B, 1) float32, which give the bits
+    of the floats.
+    """
 
     t: int
-    x0_from_xt: float
-    x0_from_output: float
-    keep: float
-    x0: float
-    before: float = 0.0
-    sigma: float = 0.0
+    x0_from_xt: float | Tensor
+    x0_from_output: float | Tensor
+    keep: float | Tensor
+    x0: float | Tensor
+    before: float | Tensor = 0.0
+    sigma: float | Tensor = 0.0
 
 
 Plan = tuple[Step, ...]
@@ -159,10 +163,10 @@ def advance(
     """
     x0 = latents * step.x0_from_xt + output * step.x0_from_output
     made = latents * step.keep + x0 * step.x0
-    if step.before:
+    if isinstance(step.before, Tensor) or step.before:
         assert before is not None
         made = made + before * step.before
-    if step.sigma:
+    if isinstance(step.sigma, Tensor) or step.sigma:
         assert noise is not None
         made = made + noise * step.sigma
     return made, x0

@@ -1,0 +1,225 @@
+"""The numbers behind ``slots.py``: where the state of every image is, and how a tile of them takes steps.
+
+B rows of a tile (its size), n ≤ B images in it, D latent, N places on the board, K steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm_ray.data.images import to_uint8
+from ldm_ray.diffusion.guidance import guided
+from ldm_ray.diffusion.noise import gaussian
+from ldm_ray.diffusion.samplers import Step, advance
+from ldm_ray.generator import Generator, filled
+
+if TYPE_CHECKING:
+    from ldm_ray.slots import Job, Outcome
+
+TABLES_KEPT = 256
+AHEAD = 32  # steps that an image's noise is drawn for at a time
+COEFFICIENTS = ("x0_from_xt", "x0_from_output", "keep", "x0", "before", "sigma")
+log = logging.getLogger(__name__)
+
+
+class Image:
+    """One image on its way: after ``step`` of its plan's steps, at ``place`` of the board."""
+
+    __slots__ = ("drawn", "index", "job", "outcome", "place", "seed", "served", "step")
+
+    def __init__(self, job: Job, index: int, seed: int) -> None:
+        self.job, self.index, self.seed = job, index, seed
+        self.step = self.place = self.served = 0
+        self.drawn = -1  # the first step whose noise is on the board; −1: none
+        self.outcome: Outcome | None = None
+
+
+@dataclass
+class Tile:
+    """Images that step together; all of them guided, or none."""
+
+    images: list[Image]
+    size: int
+    guided: bool
+    limit: int = 1
+
+
+def tiles_of(images: Sequence[Image], size_for: Callable[[int], int]) -> list[Tile]:
+    """Images in tiles, those of one plan and step side by side."""
+    tiles = []
+    for kind in (False, True):
+        chosen = [image for image in images if (image.job.scale != 1) is kind]
+        if not chosen:
+            continue
+        chosen.sort(key=lambda image: (image.job.plan_id, image.step))
+        size = size_for(len(chosen))
+        tiles += [Tile(chosen[i : i + size], size, kind) for i in range(0, len(chosen), size)]
+    return tiles
+
+
+class Board:
+    """The state of all images, a place each; places are used again."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator, self.device, self.dim = generator, generator.device, generator.codec.latent_dim
+        self.changed = False  # set from any thread: running legs end after their step
+        self.next_deadline: float | None = None
+        self._free: list[int] = []
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        with torch.inference_mode():
+            self.latents = torch.zeros(0, self.dim, device=self.device)  #       (N, D)
+            self.before = torch.zeros(0, self.dim, device=self.device)  #        (N, D) x0 predicted a step ago
+            self.labels = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,)
+            self.noise = torch.zeros(0, AHEAD, self.dim, device=self.device)  # (N, AHEAD, D)
+        self._grow(generator.tiles.sizes[-1])
+
+    def check_labels(self, labels: Sequence[int | None]) -> None:
+        """ConfigError on a label outside the classes."""
+        self.generator.labels_of(labels)
+
+    @torch.inference_mode()
+    def join(self, images: list[Image]) -> None:
+        """Gives images their places, labels and starting latents."""
+        while len(self._free) < len(images):
+            self._grow(2 * len(self.latents))
+        for image in images:
+            image.place = self._free.pop()
+        places = self._places(images)
+        seeds = torch.tensor([image.seed for image in images], dtype=torch.int64, device=self.device)
+        self.latents[places] = gaussian(seeds, 0, self.dim)[0]
+        self.before[places] = 0.0
+        self.labels[places] = self.generator.labels_of([image.job.labels[image.index] for image in images])
+        for image in images:
+            if image.job.start is not None:
+                self.latents[image.place] = image.job.start[image.index].to(self.device)
+
+    def leave(self, images: list[Image]) -> None:
+        self._free += [image.place for image in images]
+
+    def leg(self, tile: Tile) -> int:
+        """Steps taken by every image of a tile, at least 1 and at most its limit: until an image is finished or to
+        be shown, something changed, or a deadline came. −1: an error, which is logged."""
+        try:
+            return self._leg(tile)
+        except Exception:
+            log.exception("a tile of %d images failed", len(tile.images))
+            return -1
+
+    @torch.inference_mode()
+    def _leg(self, tile: Tile) -> int:
+        images, size = tile.images, tile.size
+        limit = min(tile.limit, min(self._until_stop(image) for image in images))
+        runs = [list(run) for _, run in groupby(images, key=lambda image: (image.job.plan_id, image.step))]
+        noisy = any(run[0].job.noisy for run in runs)
+        if noisy:
+            self._draw(images)
+            limit = min(limit, min(i.drawn + AHEAD - i.step - 1 for i in images if i.job.noisy))
+        places = self._places(images)
+        rows = filled(places, size)
+        xt, before, labels = self.latents[rows], self.before[rows], self.labels[rows]  # (B, D), (B, D), (B,)
+        first = torch.tensor([i.step + 1 - i.drawn if i.job.noisy else 0 for i in images], device=self.device)
+        offsets = filled(first, size)
+        timesteps, steps = self._uniform(runs[0][0], limit, size) if len(runs) == 1 else self._mixed(runs, limit, size)
+        denoise = guided(self.generator.denoiser, self._scale(tile), self.generator.null_label)
+        taken = 0
+        while True:
+            output = denoise(xt, timesteps[taken], labels)
+            noise = self.noise[rows, (offsets + taken).clamp_(max=AHEAD - 1)] if noisy else None
+            xt, before = advance(steps[taken], xt, output, before, noise)
+            taken += 1
+            if taken == limit or self.changed:
+                break
+            if self.next_deadline is not None and time.monotonic() >= self.next_deadline:
+                break
+        self.latents[places], self.before[places] = xt[: len(images)], before[: len(images)]
+        return taken
+
+    def decode(self, finished: list[Image], shown: list[Image]) -> tuple[Tensor, Tensor, list[bool]]:
+        """(pictures (n, H, W) uint8 on the CPU: of the finished, then of the shown; latents (n, D); finite)."""
+        with torch.inference_mode():
+            latents = torch.cat([self.latents[self._places(finished)], self.before[self._places(shown)]])
+        tiles = self.generator.tiles
+        size = tiles.size_for(len(latents))
+        made = torch.cat(tiles.map(partial(self.generator._decode, size), latents.split(size)))
+        finite = torch.isfinite(made).flatten(1).all(dim=1).tolist()
+        return to_uint8(made.nan_to_num())[:, 0].cpu(), latents.cpu(), finite
+
+    def _until_stop(self, image: Image) -> int:
+        """Steps until an image is finished or to be shown."""
+        stop = min((step for step in image.job.show if step > image.step), default=len(image.job.plan))
+        return min(stop, len(image.job.plan)) - image.step
+
+    def _draw(self, images: list[Image]) -> None:
+        """Draws the noise of the coming steps for noisy images that have none left."""
+        empty = [i for i in images if i.job.noisy and (i.drawn < 0 or i.step + 1 >= i.drawn + AHEAD)]
+        empty.sort(key=lambda image: image.step)
+        for step, run in groupby(empty, key=lambda image: image.step):
+            group = list(run)
+            seeds = torch.tensor([image.seed for image in group], dtype=torch.int64, device=self.device)
+            self.noise[self._places(group)] = gaussian(seeds, step + 1, self.dim, AHEAD).transpose(0, 1)
+            for image in group:
+                image.drawn = step + 1
+
+    def _uniform(self, image: Image, limit: int, size: int) -> tuple[list[Tensor], Sequence[Step]]:
+        """Timesteps (B,) and coefficients for each of ``limit`` steps, all images at the same step of one plan."""
+        steps = image.job.plan[image.step : image.step + limit]
+        return [t.expand(size) for t in torch.tensor([step.t for step in steps], device=self.device)], steps
+
+    def _mixed(self, runs: list[list[Image]], limit: int, size: int) -> tuple[list[Tensor], Sequence[Step]]:
+        """The same with coefficients in columns (B, 1)."""
+        t, table = [], []
+        for run in runs:
+            timesteps, coefficients = self._table(run[0].job)
+            rows = slice(run[0].step, run[0].step + limit)
+            t.append(timesteps[rows].expand(len(run), limit))
+            table.append(coefficients[rows].expand(len(run), limit, len(COEFFICIENTS)))
+        times = filled(torch.cat(t), size).T.contiguous()  #                               (K, B)
+        columns = filled(torch.cat(table), size).permute(1, 2, 0).unsqueeze(-1)  # (K, 6, B, 1)
+        used = columns.flatten(2).any(dim=2).tolist()  # where all are 0, the term is left out
+        steps = []
+        for k in range(limit):
+            named: dict[str, Any] = {
+                name: columns[k, j] if used[k][j] or j < 4 else 0.0 for j, name in enumerate(COEFFICIENTS)
+            }
+            steps.append(Step(t=0, **named))
+        return list(times), steps
+
+    def _table(self, job: Job) -> tuple[Tensor, Tensor]:
+        """(timesteps (S,), coefficients (S, 6) float32) of a job's plan."""
+        found = self._tables.get(job.plan_id)
+        if found is None:
+            if len(self._tables) > TABLES_KEPT:
+                self._tables = {}
+            numbers = torch.tensor([[getattr(step, name) for name in COEFFICIENTS] for step in job.plan])
+            times = torch.tensor([step.t for step in job.plan])
+            found = self._tables[job.plan_id] = (times.to(self.device), numbers.float().to(self.device))
+        return found
+
+    def _scale(self, tile: Tile) -> float | Tensor:
+        """The guidance of a tile: one number, or a column (B, 1)."""
+        scales = [image.job.scale for image in tile.images]
+        if min(scales) == max(scales):
+            return scales[0]
+        return filled(torch.tensor(scales, dtype=torch.float32, device=self.device)[:, None], tile.size)
+
+    def _places(self, images: Sequence[Image]) -> Tensor:
+        return torch.tensor([image.place for image in images], dtype=torch.int64, device=self.device)
+
+    @torch.inference_mode()
+    def _grow(self, places: int) -> None:
+        """Makes room; called between rounds only."""
+        old = len(self.labels)
+        self.latents, self.before, self.labels, self.noise = (
+            torch.cat([kept, kept.new_zeros(places - old, *kept.shape[1:])])
+            for kept in (self.latents, self.before, self.labels, self.noise)
+        )
+        self._free += list(range(old, places))

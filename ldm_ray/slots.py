@@ -1,0 +1,313 @@
+"""Per-image batching: images of many requests denoised together, each at a timestep of its own.
+
+A thread goes round and round: it takes in new jobs, picks images, lays them in tiles of the generator's fixed
+sizes, takes some steps with each tile, decodes what is finished and hands it out. Images join and leave between
+steps, so a job of few steps never waits for one of many. An image's bytes are those that ``Generator`` makes of
+the same seed, label and settings, whatever else is in its tile. No Ray here. n images of a job, D latent, S steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ldm_ray.config import MAX_SEED, SamplerConfig, SamplingConfig
+from ldm_ray.diffusion.samplers import Plan, plan_of
+from ldm_ray.errors import ConfigError
+from ldm_ray.generator import Generator
+from ldm_ray.slot_tiles import Board, Image, Tile, tiles_of
+
+PLANS_KEPT = 256
+RECENT_S = 5.0  # seconds of work that the rate is measured over
+LEG = 64  # most steps that a tile takes in one go, while nothing else happens
+LEG_CROWDED = 4  # the same where there are more tiles than threads
+log = logging.getLogger(__name__)
+
+
+class Outcome(Enum):
+    """What became of an image."""
+
+    DONE = "done"
+    FAILED = "failed"  # numbers that are not finite, or an error in its tile
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"  # the deadline came first
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """The images of one request.
+
+    start: latents (n, D) to begin from instead of the seeds' noise; with ``sampling=None`` they are only decoded.
+    show: after which steps (1…S) the image predicted so far is handed to ``on_image(i, step, image (H, W) uint8)``.
+    deadline: a ``time.monotonic()``. ``on_done(job)`` comes once, when every image has its outcome. Both are called
+    in the thread of the slots and are to be quick.
+    """
+
+    seeds: Sequence[int]
+    labels: Sequence[int | None]
+    sampling: SamplingConfig | None
+    start: Tensor | None = None
+    show: Collection[int] = ()
+    deadline: float | None = None
+    on_image: Callable[[int, int, Tensor], None] | None = None
+    on_done: Callable[[Job], None] | None = None
+
+    outcomes: list[Outcome | None] = field(init=False)
+    images: Tensor = field(init=False)  # (n, H, W) uint8, zeros where there is none
+    latents: Tensor = field(init=False)  # (n, D) float32, whitened
+    steps_done: int = field(default=0, init=False)  # of all images together
+    cancelled: bool = field(default=False, init=False)
+    open: int = field(default=0, init=False)  # images without an outcome
+    plan: Plan = field(default=(), init=False, repr=False)
+    plan_id: int = field(default=0, init=False, repr=False)
+    noisy: bool = field(default=False, init=False)  # whether any step adds noise
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.sampling is None else self.sampling.guidance_scale
+
+    @property
+    def work(self) -> int:
+        """Denoiser rows that the whole job takes: n × steps, twice that under guidance; at least n."""
+        return len(self.seeds) * max(1, len(self.plan)) * (1 if self.scale == 1 else 2)
+
+
+class Closed(Exception):
+    """The slots take no more jobs."""
+
+
+@dataclass
+class Figures:
+    """Counters since the start; they only grow."""
+
+    rounds: int = 0
+    steps: int = 0  # of images
+    rows: int = 0  # steps with the rows that only fill tiles up
+    images: int = 0
+    busy_s: float = 0.0
+    work: int = 0  # denoiser rows of jobs
+
+
+class Slots:
+    """The scheduler over one generator. ``close`` it at the end."""
+
+    def __init__(self, generator: Generator, capacity: int | None = None) -> None:
+        """capacity: images that advance in one round; [four of the largest tiles, two for each thread]."""
+        self.generator = generator
+        tiles = generator.tiles
+        self.capacity = capacity or tiles.sizes[-1] * max(4, 2 * tiles.threads)
+        self.board = Board(generator)
+        self.figures = Figures()
+        self.live: list[Image] = []
+        self._waiting: list[Job] = []
+        self._plans: dict[SamplerConfig, tuple[int, Plan]] = {}
+        self._plan_count = 0
+        self._outstanding = 0
+        self._recent = (0.0, 0.0)  # (denoiser rows, seconds) of the last rounds
+        self._closed = self._stopping = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="slots", daemon=True)
+        self._thread.start()
+
+    # --- from any thread ---
+
+    def plan(self, sampling: SamplingConfig) -> Plan:
+        """The plan of some settings. ConfigError: more steps than the model has timesteps."""
+        return self._plan(sampling)[1]
+
+    def submit(self, job: Job) -> None:
+        """Takes a job in. ConfigError: seeds, labels or settings that cannot be. Closed: while shutting down."""
+        count = len(job.seeds)
+        if not count or count != len(job.labels):
+            raise ConfigError(f"{count} seeds and {len(job.labels)} labels: as many of each, at least one")
+        if any(not 0 <= seed <= MAX_SEED for seed in job.seeds):
+            raise ConfigError(f"a seed is 0 to {MAX_SEED}")
+        self.board.check_labels(job.labels)
+        dim = self.generator.codec.latent_dim
+        if job.start is not None and (job.start.shape != (count, dim) or not bool(torch.isfinite(job.start).all())):
+            raise ConfigError(f"start latents are {count} times {dim} finite numbers")
+        if job.sampling is None and job.start is None:
+            raise ConfigError("a job without settings only decodes: it needs its latents")
+        if job.sampling is not None:
+            job.plan_id, job.plan = self._plan(job.sampling)
+            job.noisy = any(step.sigma for step in job.plan)
+        height, width = self.generator.codec.image_size
+        job.outcomes, job.open = [None] * count, count
+        job.images, job.latents = torch.zeros(count, height, width, dtype=torch.uint8), torch.zeros(count, dim)
+        with self._wake:
+            if self._closed:
+                raise Closed
+            self._outstanding += job.work
+            self._waiting.append(job)
+            self.board.changed = True
+            self._wake.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job after the step that is being taken; its open images come out as cancelled."""
+        with self._wake:
+            job.cancelled = True
+            self.board.changed = True
+            self._wake.notify_all()
+
+    @property
+    def outstanding(self) -> int:
+        """Denoiser rows of the jobs taken in and not finished."""
+        return self._outstanding
+
+    @property
+    def rate(self) -> float:
+        """Denoiser rows per second while busy, lately; 0 before the first."""
+        work, busy = self._recent
+        return work / busy if busy else 0.0
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Takes no more jobs, gives the running ones ``drain_s`` seconds, cancels the rest, ends the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.wait_for(lambda: not self._outstanding, timeout=drain_s)
+            self._stopping = self.board.changed = True
+            self._wake.notify_all()
+        self._thread.join()
+
+    # --- in the thread of the slots ---
+
+    def _run(self) -> None:
+        from ldm_ray.tiles import single_threaded
+
+        with single_threaded():
+            while self._wait():
+                started, before = time.perf_counter(), self.figures.work
+                try:
+                    self._round()
+                except Exception:  # nothing may end this thread: what is live fails, later jobs go on
+                    log.exception("a round of the slots failed")
+                    self._settle(self.live, Outcome.FAILED)
+                spent = time.perf_counter() - started
+                self.figures.busy_s += spent
+                keep = 1.0 if self._recent[1] < RECENT_S else 0.5
+                self._recent = (self._recent[0] * keep + self.figures.work - before, self._recent[1] * keep + spent)
+
+    def _wait(self) -> bool:
+        """Waits for something to do; False at the end, when all that was open has been cancelled."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping or self._waiting or self.live)
+            jobs, self._waiting = self._waiting, []
+            self.board.changed = False
+        if self._stopping:
+            for job in {id(image.job): image.job for image in self.live}.values():
+                job.cancelled = True
+            for job in jobs:
+                job.cancelled = True
+        self._join(jobs)
+        return bool(self.live) or not self._stopping
+
+    def _join(self, jobs: list[Job]) -> None:
+        joined = [Image(job, i, job.seeds[i]) for job in jobs for i in range(len(job.seeds))]
+        if joined:
+            self.board.join(joined)
+            self.live += joined
+
+    def _round(self) -> None:
+        now = time.monotonic()
+        self._settle([image for image in self.live if image.job.cancelled], Outcome.CANCELLED)
+        self._settle([i for i in self.live if i.job.deadline is not None and i.job.deadline <= now], Outcome.EXPIRED)
+        if not self.live:
+            return
+        self.board.next_deadline = min((i.job.deadline for i in self.live if i.job.deadline is not None), default=None)
+        self.figures.rounds += 1
+        chosen = choose(self.live, self.capacity)
+        for image in chosen:
+            image.served = self.figures.rounds
+        moving = [image for image in chosen if image.step < len(image.job.plan)]
+        tiles = tiles_of(moving, self.generator.tiles.size_for)
+        limit = LEG if len(tiles) <= self.generator.tiles.threads else LEG_CROWDED
+        for tile in tiles:
+            tile.limit = limit
+        for tile, taken in zip(tiles, self.generator.tiles.map(self.board.leg, tiles), strict=True):
+            self._advanced(tile, taken)
+        self._hand_out([image for image in chosen if image.outcome is None])
+
+    def _advanced(self, tile: Tile, taken: int) -> None:
+        if taken < 0:
+            self._settle(tile.images, Outcome.FAILED)
+            return
+        for image in tile.images:
+            image.step += taken
+            image.job.steps_done += taken
+        self.figures.steps += taken * len(tile.images)
+        self.figures.rows += taken * tile.size
+        work = taken * len(tile.images) * (2 if tile.guided else 1)
+        self.figures.work += work
+
+    def _hand_out(self, images: list[Image]) -> None:
+        """Decodes what is finished or to be shown."""
+        finished = [image for image in images if image.step == len(image.job.plan)]
+        shown = [image for image in images if image.step in image.job.show and image.step]
+        if not finished and not shown:
+            return
+        pictures, latents, finite = self.board.decode(finished, shown)
+        for image, picture in zip(shown, pictures[len(finished) :], strict=True):
+            if image.job.on_image is not None and not image.job.cancelled:
+                called(image.job.on_image, image.index, image.step, picture)
+        for i, image in enumerate(finished):
+            if finite[i]:
+                image.job.images[image.index] = pictures[i]
+                image.job.latents[image.index] = latents[i]
+        self.figures.images += len(finished)
+        self._settle([im for im, fine in zip(finished, finite, strict=False) if fine], Outcome.DONE)
+        self._settle([im for im, fine in zip(finished, finite, strict=False) if not fine], Outcome.FAILED)
+
+    def _settle(self, images: list[Image], outcome: Outcome) -> None:
+        """Gives images their outcome and takes them out."""
+        if not images:
+            return
+        gone = set(images)
+        self.live = [image for image in self.live if image not in gone]
+        self.board.leave(images)
+        done: list[Job] = []
+        for image in images:
+            image.outcome = image.job.outcomes[image.index] = outcome
+            image.job.open -= 1
+            if not image.job.open:
+                done.append(image.job)
+        with self._wake:
+            self._outstanding -= sum(job.work for job in done)
+            self._wake.notify_all()
+        for job in done:
+            if job.on_done is not None:
+                called(job.on_done, job)
+
+    def _plan(self, sampling: SamplingConfig) -> tuple[int, Plan]:
+        key = sampling.sampling_at(1.0)
+        found = self._plans.get(key)
+        if found is None:
+            plan = plan_of(self.generator.schedule, sampling, self.generator.prediction_type)
+            if len(self._plans) >= PLANS_KEPT:
+                self._plans.clear()
+            self._plan_count += 1
+            found = self._plans[key] = (self._plan_count, plan)
+        return found
+
+
+def called(function: Callable[..., None], *given: object) -> None:
+    """Calls what belongs to a job; an error in it is logged and goes no further."""
+    try:
+        function(*given)
+    except Exception:
+        log.exception("a job's callback failed")
+
+
+def choose(live: list[Image], capacity: int) -> list[Image]:
+    """The images of a round: all, or, where there are too many, half by fewest steps left, half by longest wait."""
+    if len(live) <= capacity:
+        return live
+    by_left = sorted(live, key=lambda image: len(image.job.plan) - image.step)
+    short, rest = by_left[: capacity // 2], by_left[capacity // 2 :]
+    return short + sorted(rest, key=lambda image: image.served)[: capacity - len(short)]
