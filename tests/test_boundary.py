@@ -19,6 +19,8 @@ WITHOUT_RAY = [
     "generator",
     "devices",
     "tiles",
+    "slots",
+    "slot_tiles",
     "evaluate",
 ]
 WITHOUT_RAY_FOLDERS = ["data", "dataset", "models", "diffusion", "training", "metrics"]
