@@ -1,4 +1,4 @@
-"""The numbers behind ``slots.py``: where the state of every image is, and how a tile of them takes steps.
+"""The numbers behind ``slots.py``: jobs, where the state of every image is, and how a tile of them takes steps.
 
 B rows of a tile (its size), n ≤ B images in it, D latent, N places on the board, K steps.
 """
@@ -7,28 +7,75 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm_ray.config import SamplingConfig
 from ldm_ray.data.images import to_uint8
 from ldm_ray.diffusion.guidance import guided
 from ldm_ray.diffusion.noise import gaussian
-from ldm_ray.diffusion.samplers import Step, advance
+from ldm_ray.diffusion.samplers import Plan, Step, advance
 from ldm_ray.generator import Generator, filled
-
-if TYPE_CHECKING:
-    from ldm_ray.slots import Job, Outcome
 
 TABLES_KEPT = 256
 AHEAD = 32  # steps that an image's noise is drawn for at a time
 COEFFICIENTS = ("x0_from_xt", "x0_from_output", "keep", "x0", "before", "sigma")
 log = logging.getLogger(__name__)
+
+
+class Outcome(Enum):
+    """What became of an image."""
+
+    DONE = "done"
+    FAILED = "failed"  # numbers that are not finite, or an error in its tile
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"  # the deadline came first
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """The images of one request.
+
+    start: latents (n, D) to begin from instead of the seeds' noise; with ``sampling=None`` they are only decoded.
+    show: after which steps (1…S) the image predicted so far is handed to ``on_image(i, step, image (H, W) uint8)``.
+    deadline: a ``time.monotonic()``. ``on_done(job)`` comes once, when every image has its outcome. Both are called
+    in the thread of the slots and are to be quick.
+    """
+
+    seeds: Sequence[int]
+    labels: Sequence[int | None]
+    sampling: SamplingConfig | None
+    start: Tensor | None = None
+    show: Collection[int] = ()
+    deadline: float | None = None
+    on_image: Callable[[int, int, Tensor], None] | None = None
+    on_done: Callable[[Job], None] | None = None
+
+    outcomes: list[Outcome | None] = field(init=False)
+    images: Tensor = field(init=False)  # (n, H, W) uint8, zeros where there is none
+    latents: Tensor = field(init=False)  # (n, D) float32, whitened
+    steps_done: int = field(default=0, init=False)  # of all images together
+    cancelled: bool = field(default=False, init=False)
+    open: int = field(default=0, init=False)  # images without an outcome
+    plan: Plan = field(default=(), init=False, repr=False)
+    plan_id: int = field(default=0, init=False, repr=False)
+    noisy: bool = field(default=False, init=False)  # whether any step adds noise
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.sampling is None else self.sampling.guidance_scale
+
+    @property
+    def work(self) -> int:
+        """Denoiser rows that the whole job takes: n × steps, twice that under guidance; at least n."""
+        return len(self.seeds) * max(1, len(self.plan)) * (1 if self.scale == 1 else 2)
 
 
 class Image:

@@ -11,72 +11,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ldm_ray.config import MAX_SEED, SamplerConfig, SamplingConfig
 from ldm_ray.diffusion.samplers import Plan, plan_of
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import Generator
-from ldm_ray.slot_tiles import Board, Image, Tile, tiles_of
+from ldm_ray.slot_tiles import Board, Image, Job, Outcome, Tile, tiles_of
 
 PLANS_KEPT = 256
 RECENT_S = 5.0  # seconds of work that the rate is measured over
 LEG = 64  # most steps that a tile takes in one go, while nothing else happens
 LEG_CROWDED = 4  # the same where there are more tiles than threads
 log = logging.getLogger(__name__)
-
-
-class Outcome(Enum):
-    """What became of an image."""
-
-    DONE = "done"
-    FAILED = "failed"  # numbers that are not finite, or an error in its tile
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"  # the deadline came first
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """The images of one request.
-
-    start: latents (n, D) to begin from instead of the seeds' noise; with ``sampling=None`` they are only decoded.
-    show: after which steps (1…S) the image predicted so far is handed to ``on_image(i, step, image (H, W) uint8)``.
-    deadline: a ``time.monotonic()``. ``on_done(job)`` comes once, when every image has its outcome. Both are called
-    in the thread of the slots and are to be quick.
-    """
-
-    seeds: Sequence[int]
-    labels: Sequence[int | None]
-    sampling: SamplingConfig | None
-    start: Tensor | None = None
-    show: Collection[int] = ()
-    deadline: float | None = None
-    on_image: Callable[[int, int, Tensor], None] | None = None
-    on_done: Callable[[Job], None] | None = None
-
-    outcomes: list[Outcome | None] = field(init=False)
-    images: Tensor = field(init=False)  # (n, H, W) uint8, zeros where there is none
-    latents: Tensor = field(init=False)  # (n, D) float32, whitened
-    steps_done: int = field(default=0, init=False)  # of all images together
-    cancelled: bool = field(default=False, init=False)
-    open: int = field(default=0, init=False)  # images without an outcome
-    plan: Plan = field(default=(), init=False, repr=False)
-    plan_id: int = field(default=0, init=False, repr=False)
-    noisy: bool = field(default=False, init=False)  # whether any step adds noise
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.sampling is None else self.sampling.guidance_scale
-
-    @property
-    def work(self) -> int:
-        """Denoiser rows that the whole job takes: n × steps, twice that under guidance; at least n."""
-        return len(self.seeds) * max(1, len(self.plan)) * (1 if self.scale == 1 else 2)
 
 
 class Closed(Exception):
