@@ -168,7 +168,7 @@ def generate(config: GenerateConfig, path: Path) -> int:
 def join(stack: contextlib.ExitStack, config: GenerateConfig) -> tuple[str, str]:
     """Starts or joins Ray until the stack closes; (device, fingerprint) of its workers."""
     from ldm_ray.distributed.cluster import connected
-    from ldm_ray.distributed.generate import where  # before Ray starts: importing ray.data sets its loggers up
+    from ldm_ray.distributed.generate import where
 
     stack.enter_context(connected())
     return where(config.device)

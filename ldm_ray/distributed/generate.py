@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.data  # before Ray starts: its import sets its loggers up
 import torch
 from ray.exceptions import RayError
 
