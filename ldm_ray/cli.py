@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ldm_ray.config import Config, flag_of, kind_of
 from ldm_ray.errors import ConfigError, LdmError
+from ldm_ray.options import Config, flag_of, kind_of
 
 C = TypeVar("C", bound=Config)
 

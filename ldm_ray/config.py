@@ -6,16 +6,14 @@ Every command-line flag, its default, its bounds and its help text is a field he
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ldm_ray.errors import ConfigError
+from ldm_ray.options import Config, option
 
 MAX_SEED = 2**32 - 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -27,98 +25,6 @@ DATASET_HELP = (
 )
 CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-
-
-def option(default: Any, help: str, **rules: Any) -> Any:
-    """A dataclass field with what its flag needs.
-
-    rules: ``flag`` (name, when not the field's), ``kind`` (int, float, str or bool; the default's type
-    otherwise), ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive), ``choices``, ``metavar``,
-    ``resume`` ("free": may change between the stop and the resume of a run).
-    """
-    return dataclasses.field(default=default, metadata={"help": help, **rules})
-
-
-def flag_of(field: dataclasses.Field) -> str:
-    """The field's flag without dashes in front, for example ``batch-size``."""
-    return field.metadata.get("flag", field.name.replace("_", "-"))
-
-
-def kind_of(field: dataclasses.Field) -> type:
-    """int, float, str or bool."""
-    return field.metadata.get("kind") or type(field.default)
-
-
-def check_value(field: dataclasses.Field, value: Any) -> Any:
-    """The value in its field's type, or ConfigError with what is allowed."""
-    if value is None and field.default is None:
-        return None
-    rules, kind, name = field.metadata, kind_of(field), f"--{flag_of(field)}"
-    if kind is bool and not isinstance(value, bool):
-        raise ConfigError(f"{name} is true or false, not {value!r}")
-    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ConfigError(f"{name} is a whole number, not {value!r}")
-    if kind is float:
-        given, value = value, math.nan
-        if isinstance(given, (int, float)) and not isinstance(given, bool):
-            with contextlib.suppress(OverflowError):  # a whole number too large for a float
-                value = float(given)
-        if not math.isfinite(value):
-            raise ConfigError(f"{name} is a finite number, not {given!r}")
-    if kind is str:
-        if not isinstance(value, (str, int, Path)) or isinstance(value, bool) or str(value) == "":
-            raise ConfigError(f"{name} is a text that is not empty, not {value!r}")
-        value = str(value)
-    if "choices" in rules and value not in rules["choices"]:
-        raise ConfigError(f"{name} is one of {', '.join(map(str, rules['choices']))}, not {value!r}")
-    low, high, above, below = (rules.get(k) for k in ("low", "high", "above", "below"))
-    if (low is not None and value < low) or (above is not None and value <= above):
-        raise ConfigError(f"{name} is {f'at least {low}' if low is not None else f'above {above}'}, not {value}")
-    if (high is not None and value > high) or (below is not None and value >= below):
-        raise ConfigError(f"{name} is {f'at most {high}' if high is not None else f'below {below}'}, not {value}")
-    return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """A group of settings that is checked when it is made; subclasses add the fields."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, check_value(field, getattr(self, field.name)))
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Any:
-        """Builds from flag names (``T``, ``batch-size``) or field names. ConfigError on unknown names."""
-        return cls(**cls.by_field(values, source))
-
-    @classmethod
-    def by_field(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
-        """The values, unchecked, by the names of the fields. ConfigError on unknown names."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        by_flag = {flag_of(field).replace("-", "_"): name for name, field in fields.items()}
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            name = key.replace("-", "_")
-            name = name if name in fields else by_flag.get(name, "")
-            if not name:
-                known = ", ".join(sorted(by_flag))
-                raise ConfigError(f"{source} has an unknown setting {key!r}; known are: {known}")
-            found[name] = value
-        return found
-
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """What differs from a recorded run in the settings that a resume may not change."""
-        return [
-            f"--{flag_of(field)} {other[field.name]} then, {getattr(self, field.name)} now"
-            for field in dataclasses.fields(self)
-            if field.metadata.get("resume") != "free"
-            and field.name in other
-            and getattr(self, field.name) != other[field.name]
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +166,7 @@ class InferConfig(SamplingConfig):
     seed: int = option(42, "image i has seed + i", low=0, high=MAX_SEED)
     device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
     show_process: bool = option(False, "also write the denoising, as a strip and as a GIF")
-    process_steps: int = option(10, "pictures in the strip", low=2, high=1000)
+    process_steps: int = option(10, "pictures in the strip, one a step at most", low=2, high=1000)
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
 
@@ -298,6 +204,50 @@ class EvaluateConfig(SamplerConfig):
 
     def scales(self) -> list[float]:
         return listed("--guidance-scale", self.guidance_scale, r"\d{1,3}(\.\d{1,6})?", 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """``python -m ldm_ray.generate``"""
+
+    ckpt: str | None = option(None, "denoiser checkpoint [the newest under $SCRATCH, else ./outputs]", kind=str)
+    ae_ckpt: str | None = option(
+        None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
+    )
+    force: bool = option(False, "take an --ae-ckpt other than the one trained with")
+    seeds: str = option("0-9999", "an image each: numbers and ranges, such as 0-999999,5,7")
+    labels: str = option(
+        "balanced",
+        "balanced: each class in turn; random: drawn from the seed; digits in turn, such as 7 or 0-4,9; "
+        "or file:PATH with a label for each seed",
+    )
+    outdir: str = option("generated", "the dataset's folder, or s3://, gs:// and what else pyarrow opens")
+    format: str = option("parquet", "what a shard is", choices=("parquet", "png", "webdataset"))
+    shard_size: int = option(10_000, "images per shard", low=1, high=200_000)
+    save_latents: bool = option(False, "also write the whitened latents")
+    npz: bool = option(False, "also write images.npz: arr_0 uint8 (N, H, W, 3), arr_1 labels")
+    num_workers: int | None = option(None, "workers [one per GPU, or per CPU core]", kind=int, low=1)
+    batch_size: int | None = option(
+        None, "images computed at a time; no byte depends on it [CPU: 2048; GPU: 65536]", kind=int, low=1, high=10**6
+    )
+    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
+    resume: str = option("auto", "auto: finish what is there; never: refuse a folder in use", choices=("auto", "never"))
+    dry_run: bool = option(False, "say what would be made, how large and how long; write nothing")
+    requests: str | None = option(None, "a JSONL file of requests to answer instead; see --output", kind=str)
+    output: str | None = option(
+        None, "the answers to --requests, a JSONL file; errors go beside it [FILE.answers.jsonl]", kind=str
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(Config):
+    """``python -m ldm_ray.generate verify DIR``"""
+
+    sample: int = option(100, "images made again and compared; 0 = check the hashes alone", low=0, high=10**7)
+    seed: int | None = option(None, "which images those are follows from it [drawn]", kind=int, low=0, high=MAX_SEED)
+    ckpt: str | None = option(None, "the checkpoint, if it has moved [as recorded]", kind=str)
+    ae_ckpt: str | None = option(None, "the autoencoder that was given [as recorded]", kind=str)
+    device: str | None = option(None, "cuda, mps or cpu [as recorded]", kind=str, choices=("cuda", "mps", "cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)

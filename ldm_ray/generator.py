@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_ray import runs
-from ldm_ray.checkpoint import load_diffusion
+from ldm_ray.checkpoint import DiffusionCheckpoint, load_diffusion
 from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.data.images import to_uint8
 from ldm_ray.diffusion.guidance import guided
@@ -66,37 +66,23 @@ class Generator:
         force: bool = False,
         search: Sequence[Path] = (),
     ) -> tuple[Generator, dict[str, Any]]:
-        """(generator, the checkpoint's settings).
+        """(generator, the checkpoint's settings): what ``load`` reads, on a device. Raises CheckpointError."""
+        loaded = load(path, ae_ckpt, force, search)
+        return cls.of(loaded, device), loaded.info.get("args", {})
 
-        Where the file carries no autoencoder and none is given, it is taken from the recorded path, else from
-        the folders of ``search`` by its recorded type. Raises CheckpointError, also when there is none.
-        """
-        loaded = load_diffusion(path, ae_ckpt, force)
-        args = loaded.info.get("args", {})
-        if loaded.autoencoder is None:
-            found = recorded_autoencoder(args, search)
-            if found is None:
-                raise CheckpointError(
-                    f"checkpoint {path} carries no autoencoder: name the {args.get('ae_model', 'autoencoder')} "
-                    f"checkpoint it was trained with by --ae-ckpt (it was {args.get('ae_ckpt', 'not recorded')})"
-                )
-            log.info("autoencoder: %s, found by its recorded type; --ae-ckpt names another", found)
-            loaded = load_diffusion(path, found, force)
+    @classmethod
+    def of(cls, loaded: DiffusionCheckpoint, device: torch.device | str = "cpu") -> Generator:
+        """From a checkpoint that was read with its autoencoder."""
         assert loaded.autoencoder is not None
         codec = loaded.autoencoder.codec
         made = cls(loaded.denoiser, codec, loaded.schedule, device, loaded.prediction_type)
         made.sha256 = loaded.sha256
-        return made, args
+        return made
 
     @property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits of what, beside checkpoint, seed, label and settings, an image's bytes follow
-        from: this engine, the version of PyTorch and the kind of device."""
-        kind = torch.backends.cpu.get_cpu_capability()
-        if self.device.type == "cuda":
-            kind = torch.cuda.get_device_name(self.device)
-        told = {"engine": ENGINE, "torch": str(torch.__version__), "device": self.device.type, "kind": kind}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        """``fingerprint_of`` its device."""
+        return fingerprint_of(self.device)
 
     def __call__(
         self,
@@ -212,6 +198,38 @@ class Generator:
     def _all_matrix_work(self, latents: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
         both = guided(self.denoiser, 2.0, self.null_label)(latents, t, labels)
         return [self.denoiser(latents, t, labels), both, self.codec.decode(latents)]
+
+
+def fingerprint_of(device: torch.device) -> str:
+    """12 hexadecimal digits of what, beside checkpoint, seed, label and settings, an image's bytes follow from: this
+    engine, the version of PyTorch and the kind of device."""
+    kind = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    told = {"engine": ENGINE, "torch": str(torch.__version__), "device": device.type, "kind": kind}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load(
+    path: Path, ae_ckpt: Path | None = None, force: bool = False, search: Sequence[Path] = ()
+) -> DiffusionCheckpoint:
+    """Reads a denoiser checkpoint with an autoencoder.
+
+    Where the file carries none and none is given, it is taken from the recorded path, else from the folders of
+    ``search`` by its recorded type. Raises CheckpointError, also when there is none.
+    """
+    loaded = load_diffusion(path, ae_ckpt, force)
+    if loaded.autoencoder is None:
+        args = loaded.info.get("args", {})
+        found = recorded_autoencoder(args, search)
+        if found is None:
+            raise CheckpointError(
+                f"checkpoint {path} carries no autoencoder: name the {args.get('ae_model', 'autoencoder')} "
+                f"checkpoint it was trained with by --ae-ckpt (it was {args.get('ae_ckpt', 'not recorded')})"
+            )
+        log.info("autoencoder: %s, found by its recorded type; --ae-ckpt names another", found)
+        loaded = load_diffusion(path, found, force)
+    return loaded
 
 
 def filled(rows: Tensor, size: int) -> Tensor:

@@ -11,7 +11,11 @@ import torch
 
 from ldm_ray import checkpoint
 from ldm_ray.data.digits import digits_table
+from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.generator import Generator
 from ldm_ray.models import registry
+from ldm_ray.models.codec import LatentCodec
+from ldm_ray.models.denoiser import Denoiser
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -53,3 +57,26 @@ def ae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = registry.build("mlp", 16)
     checkpoint.write(path, checkpoint.autoencoder_content(model, "mlp", {"seed": 42, "only_digit": None}, epoch=3))
     return path
+
+
+def busy_denoiser(hidden_dim: int = 256) -> Denoiser:
+    """Random weights everywhere, so that nothing is zero as it is at the start of training."""
+    denoiser, generator = Denoiser(16, hidden_dim), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in denoiser.named_parameters():
+            weight.normal_(std=0.04, generator=generator)
+            if "norm.weight" in name:
+                weight.add_(1)
+    return denoiser.eval()
+
+
+@pytest.fixture(scope="module", params=["mlp", "conv"])
+def generator(request: pytest.FixtureRequest) -> Generator:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        codec = LatentCodec(registry.build(request.param, 16), request.param)
+    before, _ = torch.get_num_threads(), torch.set_num_threads(2)
+    try:
+        return Generator(busy_denoiser(), codec, NoiseSchedule())
+    finally:
+        torch.set_num_threads(before)

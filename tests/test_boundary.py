@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_RAY = [
+    "options",
     "config",
     "cli",
     "errors",
@@ -18,9 +19,12 @@ WITHOUT_RAY = [
     "generator",
     "devices",
     "tiles",
+    "slots",
+    "slot_jobs",
+    "slot_tiles",
     "evaluate",
 ]
-WITHOUT_RAY_FOLDERS = ["data", "models", "diffusion", "training", "metrics"]
+WITHOUT_RAY_FOLDERS = ["data", "dataset", "models", "diffusion", "training", "metrics"]
 
 
 def modules() -> list[str]:

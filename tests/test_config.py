@@ -16,18 +16,17 @@ from ldm_ray import checkpoint, runs
 from ldm_ray.cli import Parser, parse_config
 from ldm_ray.config import (
     AutoencoderConfig,
-    Config,
     InferConfig,
+    SamplingConfig,
     TrainConfig,
     cache_dir,
-    flag_of,
-    kind_of,
     outdir,
 )
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models import registry
+from ldm_ray.options import Config, flag_of, kind_of
 
-CONFIGS: list[type[Config]] = [AutoencoderConfig, TrainConfig, InferConfig]
+CONFIGS: list[type[Config]] = [AutoencoderConfig, TrainConfig, InferConfig, SamplingConfig]
 FIELDS = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]
 CONTRACT: dict[str, Any] = {  # flag → default, as users of the earlier version know them
     "cache-dir": None,

@@ -53,6 +53,28 @@ def test_float_is_rounded_to_nearest_and_clipped() -> None:
     assert images.to_uint8(values).tolist() == [0, 0, 0, 1, 100, 101, 255, 255]
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (1, 1), (5, 9), (64, 63), (64, 64), (448, 448), (28, 28, 3), (90, 90, 3)])
+def test_pngs_of_every_size_open_elsewhere(shape: tuple[int, ...]) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
+    text = {"a": "plain", "label": "siebzehn ü", "b": "ᾱ → 1"}
+    for data, picture in zip(images.encode_pngs(pictures, text), pictures, strict=True):
+        assert data == images.encode_png(picture, text)
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.verify()
+        opened = Image.open(io.BytesIO(data))
+        assert np.array_equal(np.asarray(opened), picture) and opened.text == text
+
+
+def test_a_small_png_is_these_bytes() -> None:
+    """Whatever the version of zlib; they were checked by Pillow."""
+    data = images.encode_png(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    assert data.hex() == (
+        "89504e470d0a1a0a0000000d4948445200000003000000020800000000b81f39"
+        "c600000013494441547801010800f7ff0000010200030405002e00105dd9c116"
+        "0000000049454e44ae426082"
+    )
+
+
 def test_png_is_lossless_and_keeps_its_text() -> None:
     picture = noise(28, 28)
     data = images.encode_png(picture, {"seed": "42"})

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import busy_denoiser
 
 from ldm_ray import checkpoint
 from ldm_ray.checkpoint import load_autoencoder
@@ -19,7 +20,6 @@ from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.generator import Cancelled, Generator
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
-from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.tabled import TabledDenoiser
 from ldm_ray.tiles import Tiles, single_threaded
 
@@ -30,29 +30,6 @@ WAYS = [
     SamplingConfig(sampler="ddpm", num_inference_steps=40),
     SamplingConfig(sampler="ddim", num_inference_steps=8, eta=0.5, guidance_scale=0.0),
 ]
-
-
-def busy_denoiser(hidden_dim: int = 256) -> Denoiser:
-    """Random weights everywhere, so that nothing is zero as it is at the start of training."""
-    denoiser, generator = Denoiser(16, hidden_dim), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in denoiser.named_parameters():
-            weight.normal_(std=0.04, generator=generator)
-            if "norm.weight" in name:
-                weight.add_(1)
-    return denoiser.eval()
-
-
-@pytest.fixture(scope="module", params=["mlp", "conv"])
-def generator(request: pytest.FixtureRequest) -> Generator:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        codec = LatentCodec(registry.build(request.param, 16), request.param)
-    before, _ = torch.get_num_threads(), torch.set_num_threads(2)
-    try:
-        return Generator(busy_denoiser(), codec, SCHEDULE)
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- the table ---

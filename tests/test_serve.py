@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import busy_denoiser
 from PIL import Image
-from test_generator import SCHEDULE, busy_denoiser
 
 from ldm_ray import checkpoint
 from ldm_ray.checkpoint import load_autoencoder
 from ldm_ray.config import SamplingConfig
+from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.generator import Generator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +103,9 @@ def write_checkpoint(path: Path, autoencoder: Path, shift: float = 0.0) -> None:
     denoiser = busy_denoiser()
     with torch.no_grad():
         denoiser.out_proj.bias.add_(shift)
-    content = checkpoint.diffusion_content(denoiser, denoiser, SCHEDULE, load_autoencoder(autoencoder), {"seed": 1})
+    content = checkpoint.diffusion_content(
+        denoiser, denoiser, NoiseSchedule(), load_autoencoder(autoencoder), {"seed": 1}
+    )
     checkpoint.write(path, content)
 
 

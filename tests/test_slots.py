@@ -10,31 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_generator import SCHEDULE, busy_denoiser
 
 from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import Generator
-from ldm_ray.models import registry
-from ldm_ray.models.codec import LatentCodec
 from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slot_tiles import Image
 from ldm_ray.slots import Closed, Slots, choose
 
 LONG = SamplingConfig(sampler="ddpm")  # 1000 steps
 SHORT = SamplingConfig(num_inference_steps=3)
-
-
-@pytest.fixture(scope="module", params=["mlp", "conv"])
-def generator(request: pytest.FixtureRequest) -> Generator:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        codec = LatentCodec(registry.build(request.param, 16), request.param)
-    before, _ = torch.get_num_threads(), torch.set_num_threads(2)
-    try:
-        return Generator(busy_denoiser(), codec, SCHEDULE)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture

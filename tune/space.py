@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_ray.cli import number
-from ldm_ray.config import Config, TrainConfig, check_value, flag_of, kind_of, option
+from ldm_ray.config import TrainConfig
 from ldm_ray.errors import ConfigError
+from ldm_ray.options import Config, check_value, flag_of, kind_of, option
 
 TRAIN = {field.name: field for field in dataclasses.fields(TrainConfig)}
 SEARCHED = (

@@ -8,6 +8,7 @@ known here. B batch, D latent, S steps.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,13 +123,22 @@ def dpmpp_2m(schedule: NoiseSchedule, transitions: Sequence[Transition], predict
 
 def plan_of(schedule: NoiseSchedule, sampling: SamplingConfig, prediction_type: str = "epsilon") -> Plan:
     """The plan of some settings, with their defaults filled in. ConfigError: more steps than timesteps."""
-    sampler = sampling.sampler
-    steps = sampling.num_inference_steps or min(DEFAULT_STEPS[sampler] or math.inf, schedule.num_train_timesteps)
-    spacing = sampling.timestep_spacing or DEFAULT_SPACING
-    transitions = transitions_of(spaced_timesteps(schedule, int(steps), spacing))
-    if sampler == "ddim":
-        return ddim(schedule, transitions, prediction_type, sampling.eta)
-    return {"ddpm": ddpm, "dpmpp_2m": dpmpp_2m}[sampler](schedule, transitions, prediction_type)
+    full = with_defaults(schedule, sampling)
+    assert full.num_inference_steps is not None and full.timestep_spacing is not None
+    transitions = transitions_of(spaced_timesteps(schedule, full.num_inference_steps, full.timestep_spacing))
+    if full.sampler == "ddim":
+        return ddim(schedule, transitions, prediction_type, full.eta)
+    return {"ddpm": ddpm, "dpmpp_2m": dpmpp_2m}[full.sampler](schedule, transitions, prediction_type)
+
+
+def with_defaults(schedule: NoiseSchedule, sampling: SamplingConfig) -> SamplingConfig:
+    """The settings with the sampler's own steps and spacing where none are given."""
+    sampler, timesteps = sampling.sampler, schedule.num_train_timesteps
+    return dataclasses.replace(
+        sampling.sampling,
+        num_inference_steps=sampling.num_inference_steps or min(DEFAULT_STEPS[sampler] or timesteps, timesteps),
+        timestep_spacing=sampling.timestep_spacing or DEFAULT_SPACING,
+    )
 
 
 def levels(schedule: NoiseSchedule, transitions: Sequence[Transition]) -> Iterator[tuple[int, float, float]]:

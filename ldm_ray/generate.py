@@ -1,0 +1,277 @@
+"""Makes a dataset of images with a trained checkpoint, on Ray: Parquet shards that follow from the request alone.
+
+python -m ldm_ray.generate --seeds 0-999999 --outdir digits      the newest checkpoint; run again to go on
+python -m ldm_ray.generate --ckpt latest.pt --seeds 0-9999 --labels 7 --outdir s3://bucket/sevens
+python -m ldm_ray.generate --ckpt latest.pt --dry-run            what would be made, how large, how long
+python -m ldm_ray.generate verify digits --sample 1000           checks hashes, makes images again
+python -m ldm_ray.generate --requests in.jsonl --output out.jsonl
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_ray import cli
+from ldm_ray.config import GenerateConfig, VerifyConfig, outdir
+from ldm_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ldm_ray.checkpoint import DiffusionCheckpoint
+    from ldm_ray.dataset.request import Request
+    from ldm_ray.dataset.shards import Record
+    from ldm_ray.dataset.store import Store
+
+PROG = "python -m ldm_ray.generate"
+log = logging.getLogger(__name__)
+
+
+class Stopped(BaseException):
+    """A signal asked to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["verify"]:
+        return verify(given[1:])
+    config = cli.parse_config(GenerateConfig, cli.Parser(prog=PROG, description=__doc__), given)
+    if config.output and not config.requests:
+        raise ConfigError("--output belongs to --requests FILE; a dataset's folder is --outdir")
+    path = checkpoint_path(config.ckpt)
+    if config.requests:
+        from ldm_ray.dataset.answers import answer_file
+
+        output = Path(config.output or f"{config.requests}.answers.jsonl").expanduser()
+        return answer_file(Path(config.requests).expanduser(), output, load_model(config, path), config)
+    return generate(config, path)
+
+
+def verify(argv: Sequence[str]) -> int:
+    """``verify DIR``: 0 when all is as it was written, 1 when something is not."""
+    parser = cli.Parser(prog=f"{PROG} verify", description="Checks hashes and makes images again.")
+    parser.add_argument("folder", metavar="DIR", help="a dataset that generate has made")
+    cli.add_flags(parser, VerifyConfig)
+    given = vars(parser.parse_args(argv))
+    folder = given.pop("folder")
+    config = VerifyConfig(**given)
+    from ldm_ray.dataset.verify import verify_dataset
+
+    return verify_dataset(folder, config)
+
+
+def checkpoint_path(given: str | None) -> Path:
+    """The given checkpoint or the newest. ConfigError when there is none."""
+    from ldm_ray import runs
+
+    path = Path(given).expanduser() if given else runs.newest_diffusion(outdir(None))
+    if path is None:
+        raise ConfigError(
+            f"no checkpoint under {outdir(None)}: name one by --ckpt, or make one with python -m ldm_ray.train"
+        )
+    return path.absolute()
+
+
+def load_model(config: GenerateConfig, path: Path) -> DiffusionCheckpoint:
+    from ldm_ray.generator import load
+
+    ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
+    return load(path, ae_ckpt, config.force, search=[path.parent, outdir(None)])
+
+
+def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) -> Request:
+    """What the flags ask for. ConfigError on what cannot be made."""
+    from ldm_ray.dataset.request import Request
+    from ldm_ray.dataset.rows import Labels, Seeds
+    from ldm_ray.diffusion.samplers import plan_of, with_defaults
+
+    plan_of(model.schedule, config.sampling, model.prediction_type)  # more steps than timesteps are refused here
+    assert model.autoencoder is not None
+    seeds = Seeds.parse(config.seeds)
+    only = model.info.get("args", {}).get("only_digit")
+    return Request(
+        seeds=seeds,
+        labels=Labels.parse(config.labels, model.denoiser.num_classes, len(seeds), only),
+        sampling=with_defaults(model.schedule, config),
+        shard_size=config.shard_size,
+        format=config.format,
+        latent_dim=model.autoencoder.codec.latent_dim,
+        save_latents=config.save_latents,
+        checkpoint_sha256=model.sha256,
+        autoencoder_sha256=model.autoencoder.sha256,
+        engine=engine,
+    )
+
+
+def generate(config: GenerateConfig, path: Path) -> int:
+    """Makes what is missing of the dataset; starts no Ray where nothing is."""
+    from ldm_ray.dataset import finish, request, shards
+    from ldm_ray.dataset.store import Store
+    from ldm_ray.devices import pick_device
+    from ldm_ray.generator import fingerprint_of
+
+    model, store = load_model(config, path), Store(config.outdir)
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RAY_ADDRESS") and not config.dry_run:
+            device, engine = join(stack, config)
+        else:
+            local = pick_device(config.device)
+            device, engine = local.type, fingerprint_of(local)
+        asked = request_of(config, model, engine)
+        found = request.check(store, asked, config.resume)
+        records = shards.committed(store, asked) if found else {}
+        if config.dry_run:
+            from ldm_ray.dataset.estimate import estimate
+
+            print(estimate(config, model, asked, store, records, device))
+            return 0
+        ae_ckpt = str(Path(config.ae_ckpt).expanduser().absolute()) if config.ae_ckpt else None
+        manifest = found or asked.manifest(str(path), ae_ckpt, device)
+        if len(records) < asked.num_shards:
+            log.info(
+                "%s images, %s of %s shards there, to %s",
+                f"{asked.count:,}", f"{len(records):,}", f"{asked.num_shards:,}", store
+            )  # fmt: skip
+            if not os.environ.get("RAY_ADDRESS"):
+                join(stack, config)
+            number = make(config, store, shards.Job(model, asked, store, config.batch_size), records, device, manifest)
+            if number:
+                stack.close()
+                store.clean()
+                there = sum(record.rows for record in records.values())
+                print(f"stopped with {there:,} of {asked.count:,} images; run the same command again to go on")
+                return 128 + number
+    finish.finish(store, asked, records, manifest)
+    if config.npz:
+        finish.write_npz(store, asked, records)
+    store.clean()
+    size = sum(record.bytes for record in records.values())
+    print(f"dataset      {store}: {asked.count:,} images in {asked.num_shards:,} shards, {size / 1e6:,.1f} MB")
+    print(f"hash         {finish.dataset_hash(records)}")
+    if config.npz:
+        print(f"for metrics  {store}/{finish.NPZ}")
+    print(f"check        {PROG} verify {shlex.quote(str(store))}")
+    return 0
+
+
+def join(stack: contextlib.ExitStack, config: GenerateConfig) -> tuple[str, str]:
+    """Starts or joins Ray until the stack closes; (device, fingerprint) of its workers."""
+    from ldm_ray.distributed.cluster import connected
+    from ldm_ray.distributed.generate import where
+
+    stack.enter_context(connected())
+    return where(config.device)
+
+
+def make(
+    config: GenerateConfig, store: Store, job: Any, records: dict[int, Record], device: str, manifest: dict[str, Any]
+) -> int:
+    """Makes the missing shards and adds their records; the signal's number when one asked to stop, else 0."""
+    from ldm_ray.dataset.request import MANIFEST, write_manifest
+    from ldm_ray.distributed import generate as ray_generate
+    from ldm_ray.distributed.cluster import check_shared
+
+    if store.is_local:
+        folder = Path(store.root)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_shared(folder)
+    store.clean()
+    if MANIFEST not in store.sizes():
+        write_manifest(store, manifest)
+    missing = [number for number in range(job.request.num_shards) if number not in records]
+    workers = ray_generate.pool_size(config.num_workers, len(missing), device)
+    progress = Progress(job.request.count, sum(record.rows for record in records.values()))
+    try:
+        with stoppable(), contextlib.closing(ray_generate.generate(job, missing, workers, device)) as made:
+            for record, _, seconds in made:
+                records[record.shard] = record
+                progress.add(record.rows, seconds)
+    except Stopped as stop:
+        return stop.number
+    finally:
+        progress.close()
+    lost = [number for number in missing if number not in records]
+    if lost:
+        raise ConfigError(f"{len(lost)} of {len(missing)} shards did not come back: run the same command again")
+    progress.tell(workers)
+    return 0
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Stopped inside, once; a second SIGINT interrupts as usual."""
+    numbers = signal.SIGINT, signal.SIGTERM
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class Progress:
+    """Images so far, images per second and time left: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, there: int, every: float = 10.0) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.total, self.there, self.made, self.every = total, there, 0, every
+        self.called = time.perf_counter()
+        self.began: float | None = None
+        self.told = self.called
+        columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+        self.bar = Bar(*columns, transient=True, disable=not sys.stderr.isatty())
+        self.task = self.bar.add_task("", total=total, completed=there, rate="")
+        self.bar.start()
+
+    def rate(self) -> float:
+        """Images per second since the first shard was begun."""
+        return self.made / max(1e-9, time.perf_counter() - (self.began or self.called))
+
+    def add(self, images: int, seconds: float) -> None:
+        """A shard of so many images that took so long."""
+        now = time.perf_counter()
+        self.began = self.began or now - seconds
+        self.made += images
+        done = self.there + self.made
+        self.bar.update(self.task, completed=done, rate=f"{self.rate():,.0f} images/s")
+        if self.bar.disable and now - self.told >= self.every and done < self.total:
+            self.told = now
+            left = (self.total - done) / self.rate()
+            log.info(
+                "%s/%s images, %s/s, %s s left", f"{done:,}", f"{self.total:,}", f"{self.rate():,.0f}", f"{left:,.0f}"
+            )
+
+    def close(self) -> None:
+        self.bar.stop()
+
+    def tell(self, workers: int) -> None:
+        log.info(
+            "%s images made in %.1f s by %d workers: %s images/s once they were up",
+            f"{self.made:,}",
+            time.perf_counter() - self.called,
+            workers,
+            f"{self.rate():,.0f}",
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)
