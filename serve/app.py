@@ -8,6 +8,7 @@ serve run serve.app:deployment ckpt=latest.pt device=cpu token=secret replicas=1
 import asyncio
 import logging
 import os
+import sys
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from serve.routes import build
 from serve.service import Service
 from serve.settings import Settings, check
 
+SWITCH_S = 0.0005  # the threads of tiles and the event loop hand over to each other ten times as often as by default
 MAX_ONGOING = 2048  # admission is the service's own, in JSON; Serve's limit is only above it
 log = logging.getLogger("ray.serve")
 
@@ -30,6 +32,7 @@ class Images:
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
 
+        sys.setswitchinterval(SWITCH_S)
         given = Settings(**settings)
         torch.set_num_threads(given.threads or len(os.sched_getaffinity(0)))  # Ray leaves one for an actor
         self.service = Service(given)

@@ -11,6 +11,7 @@ from typing import Any
 from serve.errors import ApiError, internal
 from serve.service import Service
 
+SLOW_S = 1.0  # requests that fail or take longer are logged at INFO, the others at DEBUG
 OPEN_PATHS = ("/health", "/ready")
 log = logging.getLogger("ray.serve")
 
@@ -98,7 +99,9 @@ class Gate:
         if route in (*OPEN_PATHS, "/metrics"):
             return
         line = {"id": mark, "method": scope["method"], "route": route, "status": status, "ms": round(seconds * 1e3, 1)}
-        log.info(json.dumps(line | scope.get("state", {}).get("told", {})))
+        level = logging.INFO if status >= 400 or seconds > SLOW_S else logging.DEBUG
+        if log.isEnabledFor(level):
+            log.log(level, json.dumps(line | scope.get("state", {}).get("told", {})))
 
 
 def has_token(authorization: str, token: str) -> bool:
