@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from served import server as server
 
 from ldm_ray import checkpoint
 from ldm_ray.data.digits import digits_table

@@ -2,160 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
 import json
-import os
 import random
-import signal
+import re
+import shutil
 import socket
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import busy_denoiser
 from PIL import Image
+from served import POST, TOKEN, Answer, Server, write_checkpoint
 
-from ldm_ray import checkpoint
-from ldm_ray.checkpoint import load_autoencoder
 from ldm_ray.config import SamplingConfig
-from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.errors import LdmError
 from ldm_ray.generator import Generator
-
-ROOT = Path(__file__).resolve().parents[1]
-TOKEN = "a-secret-of-the-tests"
-MAX_IMAGES = 2000
-DEADLINE_S = 4
-POST = "/v1/images/generations"
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def error(self) -> dict[str, Any]:
-        assert self.headers["content-type"] == "application/json", self.body[:300]
-        error = self.json["error"]
-        assert set(error) == {"message", "type", "param", "code"} and error["message"]
-        assert "Traceback" not in error["message"] and str(ROOT) not in error["message"]
-        return error
-
-
-@dataclass(frozen=True)
-class Server:
-    port: int
-    ckpt: Path
-    generator: Generator
-
-    def ask(
-        self, path: str, body: Any = None, token: str | None = TOKEN, method: str | None = None, **headers: str
-    ) -> Answer:
-        """One request; a dict goes as JSON, bytes as they are."""
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        told = {name.replace("_", "-"): value for name, value in headers.items()}
-        if data is not None:
-            told.setdefault("content-type", "application/json")
-        if token:
-            told["authorization"] = f"Bearer {token}"
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, told, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=100) as found:
-                return Answer(found.status, {k.lower(): v for k, v in found.headers.items()}, found.read())
-        except urllib.error.HTTPError as error:
-            return Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
-
-    def images(self, **body: Any) -> np.ndarray:
-        answer = self.ask(POST, body, accept="application/x-npy")
-        assert answer.status == 200, answer.body
-        return np.load(io.BytesIO(answer.body))
-
-    def metric(self, name: str) -> float:
-        lines = self.ask("/metrics").body.decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def write_checkpoint(path: Path, autoencoder: Path, shift: float = 0.0) -> None:
-    denoiser = busy_denoiser()
-    with torch.no_grad():
-        denoiser.out_proj.bias.add_(shift)
-    content = checkpoint.diffusion_content(
-        denoiser, denoiser, NoiseSchedule(), load_autoencoder(autoencoder), {"seed": 1}
-    )
-    checkpoint.write(path, content)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("served")
-    runs = [folder / "checkpoints" / f"latent-diffusion-{name}" / "latest.pt" for name in ("broken", "other", "main")]
-    runs[0].parent.mkdir(parents=True)
-    runs[0].write_bytes(b"no checkpoint")
-    write_checkpoint(runs[1], ae_file, shift=0.1)
-    write_checkpoint(runs[2], ae_file)
-    port, config = free_port(), folder / "config.json"
-    arguments = {
-        "outdir": str(folder),
-        "token": TOKEN,
-        "threads": 2,
-        "max_images": MAX_IMAGES,
-        "deadline_s": DEADLINE_S,
-    }
-    arguments |= {"ckpt": str(runs[2]), "max_body": 200_000}
-    application = {"name": "images", "route_prefix": "/", "import_path": "serve.app:deployment", "args": arguments}
-    config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}))
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
-    log = folder / "log"
-    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config)]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
-        )
-    made = Server(port, runs[2], Generator.open(runs[2])[0])
-    try:
-        for _ in range(240):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                if made.ask("/ready").status == 200:
-                    break
-            except OSError:
-                pass
-            time.sleep(0.5)
-        else:
-            pytest.fail(log.read_text()[-3000:])
-        yield made
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -335,164 +206,57 @@ def test_models(server: Server) -> None:
     assert server.ask("/v1/models/nothing").error["code"] == "model_not_found"
 
 
-# --- what is refused ---
-
-INVALID: list[tuple[dict[str, Any], str | None]] = [
-    ({"n": 0}, "n"),
-    ({"n": 257}, "n"),
-    ({"n": -1}, "n"),
-    ({"n": "2"}, "n"),
-    ({"n": 1.5}, "n"),
-    ({"n": True}, "n"),
-    ({"n": None}, "n"),
-    ({"n": 10**400}, "n"),
-    ({"prompt": ""}, "prompt"),
-    ({"prompt": "horse"}, "prompt"),
-    ({"prompt": "12"}, "prompt"),
-    ({"prompt": "seven eight"}, "prompt"),
-    ({"prompt": "\ud800"}, "prompt"),
-    ({"prompt": "٣"}, "prompt"),
-    ({"prompt": 7}, "prompt"),
-    ({"prompt": "7" * 1001}, "prompt"),
-    ({"class_label": 10}, "class_label"),
-    ({"class_label": -1}, None),
-    ({"class_label": "7"}, None),
-    ({"class_label": [1, 2]}, None),
-    ({"class_label": []}, None),
-    ({"class_label": [True]}, None),
-    ({"size": "28"}, "size"),
-    ({"size": "30x30"}, "size"),
-    ({"size": "0x0"}, "size"),
-    ({"size": "28x56"}, "size"),
-    ({"size": "476x476"}, "size"),
-    ({"size": "２８x28"}, "size"),
-    ({"size": None}, "size"),
-    ({"num_inference_steps": 0}, "num_inference_steps"),
-    ({"num_inference_steps": 1001}, "num_inference_steps"),
-    ({"num_inference_steps": "8"}, "num_inference_steps"),
-    ({"sampler": "euler"}, "sampler"),
-    ({"sampler": ["ddim"]}, "sampler"),
-    ({"guidance_scale": -0.1}, "guidance_scale"),
-    ({"guidance_scale": 20.01}, "guidance_scale"),
-    ({"guidance_scale": "2"}, "guidance_scale"),
-    ({"guidance_scale": True}, "guidance_scale"),
-    ({"guidance_scale": float("nan")}, "guidance_scale"),
-    ({"guidance_scale": float("inf")}, "guidance_scale"),
-    ({"seed": -1}, "seed"),
-    ({"seed": 2**32}, "seed"),
-    ({"seed": 1.0}, "seed"),
-    ({"seed": 2**32 - 1, "n": 2}, None),
-    ({"seeds": []}, "seeds"),
-    ({"seeds": [1, 2]}, None),
-    ({"seeds": [-1]}, "seeds.0"),
-    ({"seed": 1, "seeds": [1]}, None),
-    ({"response_format": "url"}, "response_format"),
-    ({"stream": "yes"}, "stream"),
-    ({"partial_images": 17, "stream": True}, "partial_images"),
-    ({"partial_images": -1, "stream": True}, "partial_images"),
-    ({"partial_images": 2}, None),
-    ({"model": 1}, "model"),
-    ({"quality": "hd"}, "quality"),
-    ({"__proto__": 1}, "__proto__"),
-]
+# --- changing the checkpoint ---
 
 
-@pytest.mark.parametrize(("body", "param"), INVALID, ids=[str(body)[:40] for body, _ in INVALID])
-def test_invalid_parameters_are_400(server: Server, body: dict[str, Any], param: str | None) -> None:
-    answer = server.ask(POST, body)
-    assert answer.status == 400, answer.body
-    error = answer.error
-    assert error["type"] == "invalid_request_error"
-    assert param is None or error["param"] == param, error
+def test_a_checkpoint_that_does_not_load_leaves_the_old_one_serving(tmp_path: Path, ae_file: Path) -> None:
+    from serve.library import Library
+    from serve.service import Service
+    from serve.settings import Settings
+
+    first, second, broken = (tmp_path / f"{name}.pt" for name in ("first", "second", "broken"))
+    write_checkpoint(first, ae_file)
+    write_checkpoint(second, ae_file, shift=0.1)
+    broken.write_bytes(b"no checkpoint")
+    service = Service(Settings(ckpt=str(first), outdir=str(tmp_path), threads=1, device="cpu"))
+    library: Library = service.library
+
+    async def change() -> None:
+        old = library.default
+        for bad in (broken, tmp_path / "nothing.pt"):
+            with pytest.raises((LdmError, OSError)):
+                await library.serve(str(bad))
+            assert library.default is old and old.slots.alive
+        await library.serve(str(second))
+        assert library.default.name == "second" and (await library.get(None)).path == second
+        assert (await library.get("first")) is old
+
+    try:
+        asyncio.run(change())
+    finally:
+        service.close()
+    assert not library.default.slots.alive
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"7", b"null", b'"x"', b"\xff\xfe", b"[" * 50_000, b'{"n":' + b"9" * 5000 + b"}"]
-)
-def test_bodies_that_are_no_request_are_400(server: Server, body: bytes) -> None:
-    answer = server.ask(POST, body)
-    assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
+# --- the page ---
 
 
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [
-        ("/v1/images/latent-diffusion-main/7/-1.png", 400),
-        ("/v1/images/latent-diffusion-main/7/4294967296.png", 400),
-        ("/v1/images/latent-diffusion-main/7/1e3.png", 400),
-        ("/v1/images/latent-diffusion-main/10/1.png", 400),
-        ("/v1/images/latent-diffusion-main/seven/1.png", 400),
-        ("/v1/images/latent-diffusion-main/7/1.png?steps=0", 400),
-        ("/v1/images/latent-diffusion-main/7/1.png?steps=1001", 400),
-        ("/v1/images/latent-diffusion-main/7/1.png?guidance=nan", 400),
-        ("/v1/images/latent-diffusion-main/7/1.png?sampler=x", 400),
-        ("/v1/images/latent-diffusion-main/7/1.png?size=28", 400),
-        ("/v1/images/nothing/7/1.png", 404),
-        ("/v1/images/latent-diffusion-main/7/1.gif", 404),
-        ("/v1/images/..%2f..%2fetc/7/1.png", 404),
-        ("/v1/latents/map?n=5", 400),
-        ("/v1/latents/map?n=x", 400),
-        ("/v1/models/..", 404),
-        ("/static/..%2fapp.py", 404),
-        ("/static/app.py", 404),
-        ("/nothing", 404),
-    ],
-)
-def test_addresses_that_are_wrong(server: Server, path: str, status: int) -> None:
-    answer = server.ask(path)
-    assert answer.status == status and answer.error
-
-
-def test_latents_that_are_wrong_are_400(server: Server) -> None:
-    for latents in ([], [[]], [[1.0] * 15], [[1.0] * 17], [[float("nan")] * 16], [["1"] * 16], [[1e9] * 16], 7, None):
-        assert server.ask("/v1/latents/decode", {"latents": latents}).error["type"] == "invalid_request_error"
-    end = {"seed": 1}
-    for body in ({"start": end}, {"start": end, "end": {"seed": -1}}, {"start": end, "end": end, "n": 1}):
-        assert server.ask("/v1/images/interpolations", body).status == 400
-
-
-def test_other_refusals(server: Server) -> None:
-    for path in ("/v1/models", "/v1/images/latent-diffusion-main/7/1.png"):
-        answer = server.ask(path, {}, method="DELETE")
-        assert answer.status == 405 and answer.error and answer.headers["allow"]
-    assert server.ask(POST).status == 405
-    assert server.ask(POST, {"n": 1}, accept="text/html").status == 406
-    assert server.ask(POST, {"n": 1}, accept="application/json;q=0").error["code"] == "not_acceptable"
-    assert server.ask(POST, b"n=1", content_type="application/x-www-form-urlencoded").status == 415
-    assert server.ask(POST, b"{}", content_type="text/plain").error["code"] == "unsupported_media_type"
-    assert server.ask(POST, b'{"prompt": "' + b"7" * 250_000 + b'"}').error["code"] == "body_too_large"
-    heavy = server.ask(
-        POST, {"n": 256, "sampler": "ddpm", "guidance_scale": 3, "num_inference_steps": 1000, "prompt": "x"}
-    )
-    assert heavy.status == 400
-
-
-def test_the_token_protects_everything_but_health(server: Server) -> None:
-    for path in ("/health", "/ready"):
-        assert server.ask(path, token=None).status == 200
-    for path in ("/", "/v1/models", "/metrics", "/openapi.json", "/docs", "/static/app.js", "/v1/images/x/1/1.png"):
-        for token in (None, "wrong"):
-            answer = server.ask(path, token=token)
-            assert answer.status == 401 and answer.error["code"] == "unauthorized", path
-            assert answer.headers["www-authenticate"] == "Bearer"
-    assert server.ask(POST, {"n": 1}, token=None).status == 401
-    basic = base64.b64encode(f"me:{TOKEN}".encode()).decode()
-    assert server.ask("/", token=None, authorization=f"Basic {basic}").status == 200
-    assert server.ask("/", token=None, authorization="Basic !").status == 401
-
-
-def test_the_document_names_every_route(server: Server) -> None:
-    document = server.ask("/openapi.json").json
-    assert {POST, "/v1/images/{model}/{label}/{seed}.png", "/v1/images/interpolations", "/v1/latents/decode"} <= set(
-        document["paths"]
-    )
-    fields = document["components"]["schemas"]["GenerationRequest"]
-    assert fields["additionalProperties"] is False and fields["example"]["prompt"] == "seven"
-    assert set(document["paths"][POST]["post"]["responses"]) >= {"200", "400", "408", "413", "415", "429", "503"}
-    page = server.ask("/")
-    assert page.headers["content-type"].startswith("text/html") and b"http://" not in page.body.replace(
-        b"http://www.w3", b""
-    )
+@pytest.mark.browser
+def test_the_page_makes_digits_in_a_browser(server: Server, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
+    flags += f" --disable-sync --no-first-run --user-data-dir={tmp_path} --window-size=390,1500"
+    flags += " --virtual-time-budget=8000 --dump-dom"
+    address = f"http://me:{TOKEN}@127.0.0.1:{server.port}/"
+    done = subprocess.run([chromium, *flags.split(), address], capture_output=True, text=True, timeout=100)
+    images = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]+)"', done.stdout)
+    assert len(images) == 16, done.stdout[-2000:]
+    wanted = server.generator(range(42, 58), [7] * 16)[:, 0].numpy()
+    for data, expected in zip(images, wanted, strict=True):
+        np.testing.assert_array_equal(pixels(base64.b64decode(data)), expected)
+    assert re.search(r'id="status"[^>]*>16 images in', done.stdout)
 
 
 # --- load ---

@@ -11,8 +11,9 @@ async function failure(response) {
   return new ServiceError(message);
 }
 
+// Addresses begin with the origin: fetch refuses those of a page whose own address carries a password.
 async function post(path, body, options = {}) {
-  const response = await fetch(path, {
+  const response = await fetch(location.origin + path, {
     method: "POST",
     headers: { "Content-Type": "application/json", ...(options.accept ? { Accept: options.accept } : {}) },
     body: JSON.stringify(body),
@@ -23,7 +24,7 @@ async function post(path, body, options = {}) {
 }
 
 async function getJSON(path) {
-  const response = await fetch(path);
+  const response = await fetch(location.origin + path);
   if (!response.ok) throw await failure(response);
   return response.json();
 }
