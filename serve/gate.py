@@ -12,6 +12,7 @@ from serve.errors import ApiError, internal
 from serve.service import Service
 
 SLOW_S = 1.0  # requests that fail or take longer are logged at INFO, the others at DEBUG
+CHALLENGE = 'Basic realm="ldm_ray", Bearer'  # the first is for browsers, which read no further
 OPEN_PATHS = ("/health", "/ready")
 log = logging.getLogger("ray.serve")
 
@@ -57,8 +58,7 @@ class Gate:
         """ApiError 401, 413, 415."""
         token = self.service.settings.token
         if token and scope["path"] not in OPEN_PATHS and not has_token(headers.get("authorization", ""), token):
-            asked = 'Basic realm="ldm_ray"' if "text/html" in headers.get("accept", "") else "Bearer"
-            raise ApiError(401, "a valid bearer token is needed", headers={"WWW-Authenticate": asked})
+            raise ApiError(401, "a valid bearer token is needed", headers={"WWW-Authenticate": CHALLENGE})
         if scope["method"] != "POST":
             return
         length = headers.get("content-length", "0")
