@@ -12,7 +12,7 @@ from serve.errors import ApiError, internal
 from serve.service import Service
 
 SLOW_S = 1.0  # requests that fail or take longer are logged at INFO, the others at DEBUG
-CHALLENGE = 'Basic realm="ldm_ray", Bearer'  # the first is for browsers, which read no further
+CHALLENGES = ("Bearer", 'Basic realm="ldm_ray"')  # the second is for browsers; a header each, or they do not read it
 OPEN_PATHS = ("/health", "/ready")
 log = logging.getLogger("ray.serve")
 
@@ -46,7 +46,10 @@ class Gate:
             await self.app(scope, receive, answer)
         except ApiError as error:
             if status == 499:
-                await error.response()(scope, receive, answer)
+                response = error.response()
+                for challenge in CHALLENGES if error.status == 401 else ():
+                    response.headers.append("WWW-Authenticate", challenge)
+                await response(scope, receive, answer)
         except Exception as error:
             if status != 499:
                 raise
@@ -58,7 +61,7 @@ class Gate:
         """ApiError 401, 413, 415."""
         token = self.service.settings.token
         if token and scope["path"] not in OPEN_PATHS and not has_token(headers.get("authorization", ""), token):
-            raise ApiError(401, "a valid bearer token is needed", headers={"WWW-Authenticate": CHALLENGE})
+            raise ApiError(401, "a valid bearer token is needed")
         if scope["method"] != "POST":
             return
         length = headers.get("content-length", "0")
