@@ -112,10 +112,15 @@ def check_writable(outdir: Path) -> None:
         raise ConfigError(f"--outdir {outdir} cannot be written: {error.strerror or error}") from None
 
 
-def newest_diffusion(base: Path) -> Path | None:
-    """The ``latest.pt`` of the newest denoiser run under an output directory."""
+def diffusion_checkpoints(base: Path) -> list[Path]:
+    """The ``latest.pt`` of every denoiser run under an output directory, the newest first."""
     found = (base / "checkpoints").glob("latent-diffusion-*/latest.pt")
-    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+    return sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
+
+
+def newest_diffusion(base: Path) -> Path | None:
+    """The first of them."""
+    return next(iter(diffusion_checkpoints(base)), None)
 
 
 def find_autoencoder(

@@ -59,7 +59,7 @@ class Slots:
         self._waiting: list[Job] = []
         self._plans: dict[SamplerConfig, tuple[int, Plan]] = {}
         self._plan_count = 0
-        self._outstanding = 0
+        self._outstanding = self._open = 0
         self._recent = (0.0, 0.0)  # (denoiser rows, seconds) of the last rounds
         self._closed = self._stopping = False
         self._wake = threading.Condition()
@@ -95,6 +95,7 @@ class Slots:
             if self._closed:
                 raise Closed
             self._outstanding += job.work
+            self._open += count
             self._waiting.append(job)
             self.board.changed = True
             self._wake.notify_all()
@@ -110,6 +111,16 @@ class Slots:
     def outstanding(self) -> int:
         """Denoiser rows of the jobs taken in and not finished."""
         return self._outstanding
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are being worked on; False after ``close``."""
+        return self._thread.is_alive()
+
+    @property
+    def open(self) -> int:
+        """Images of the jobs taken in that have no outcome."""
+        return self._open
 
     @property
     def rate(self) -> float:
@@ -229,6 +240,7 @@ class Slots:
                 done.append(image.job)
         with self._wake:
             self._outstanding -= sum(job.work for job in done)
+            self._open -= len(images)
             self._wake.notify_all()
         for job in done:
             if job.on_done is not None:

@@ -1,0 +1,115 @@
+"""What every request passes before its route: id, token, size and type of the body; and what is logged after it."""
+
+import base64
+import binascii
+import hmac
+import json
+import logging
+import time
+from typing import Any
+
+from serve.errors import ApiError, internal
+from serve.service import Service
+
+OPEN_PATHS = ("/health", "/ready")
+log = logging.getLogger("ray.serve")
+
+
+class Gate:
+    """ASGI middleware."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        mark = headers.get("x-request-id", "")[:64]  # Serve's proxy gives every request one, and answers with it
+        scope.setdefault("state", {})
+        started, status = time.perf_counter(), 499  # the client went away
+
+        async def answer(message: dict[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            self.check(scope, headers)
+            if scope["method"] == "POST":
+                receive = await self.whole(receive)
+            await self.app(scope, receive, answer)
+        except ApiError as error:
+            if status == 499:
+                await error.response()(scope, receive, answer)
+        except Exception as error:
+            if status != 499:
+                raise
+            await internal(error).response()(scope, receive, answer)
+        finally:
+            self.told(scope, status, time.perf_counter() - started, mark)
+
+    def check(self, scope: dict[str, Any], headers: dict[str, str]) -> None:
+        """ApiError 401, 413, 415."""
+        token = self.service.settings.token
+        if token and scope["path"] not in OPEN_PATHS and not has_token(headers.get("authorization", ""), token):
+            asked = 'Basic realm="ldm_ray"' if "text/html" in headers.get("accept", "") else "Bearer"
+            raise ApiError(401, "a valid bearer token is needed", headers={"WWW-Authenticate": asked})
+        if scope["method"] != "POST":
+            return
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length[:20]) > self.service.settings.max_body:
+            raise self.too_large()
+        kind = headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the body is application/json", "Content-Type")
+
+    def too_large(self) -> ApiError:
+        return ApiError(413, f"a body is at most {self.service.settings.max_body:,} bytes")
+
+    async def whole(self, receive: Any) -> Any:
+        """A ``receive`` that begins with the whole body. ApiError 413 when it is too long."""
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ApiError(400, "the client went away")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.service.settings.max_body:
+                raise self.too_large()
+        first: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def take() -> dict[str, Any]:
+            return first.pop() if first else await receive()
+
+        return take
+
+    def told(self, scope: dict[str, Any], status: int, seconds: float, mark: str) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        metrics = self.service.metrics
+        metrics.requests.labels(route, str(status)).inc()
+        metrics.latency.labels(route).observe(seconds)
+        if status in (400, 401, 408, 413, 415, 429, 503):
+            metrics.refused.labels(str(status)).inc()
+        if route in (*OPEN_PATHS, "/metrics"):
+            return
+        line = {"id": mark, "method": scope["method"], "route": route, "status": status, "ms": round(seconds * 1e3, 1)}
+        log.info(json.dumps(line | scope.get("state", {}).get("told", {})))
+
+
+def has_token(authorization: str, token: str) -> bool:
+    """``Bearer token``, or ``Basic`` with the token as password, which browsers ask for."""
+    scheme, _, value = authorization.partition(" ")
+    value = value.strip()
+    if scheme.lower() == "basic":
+        try:
+            value = base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return False
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(value.encode(), token.encode())

@@ -1,0 +1,73 @@
+"""The latent space over HTTP: between two images, from numbers to an image, and a map of it."""
+
+import numpy as np
+import torch
+
+from serve.errors import ApiError, invalid
+from serve.library import Served
+from serve.schemas import DecodeRequest, InterpolationRequest
+from serve.service import Order, Service
+
+
+async def interpolation(service: Service, request: InterpolationRequest) -> Order:
+    """An order of the images from one to another, straight or along the sphere through their latents (D)."""
+    served = await service.library.get(request.model)
+    labels = service.labels(served, [request.start.class_label, request.end.class_label])
+    sampling = service.sampling(served, request)
+    ends = Order(served, [request.start.seed, request.end.seed], labels, sampling)
+    job = await service.run(ends)
+    service.made(ends, job)
+    a, b = job.latents.double()
+    steps = torch.linspace(0, 1, request.n, dtype=torch.float64)[:, None]
+    if request.method == "spherical" and float(a.norm() * b.norm()) > 0:
+        angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
+        if float(angle.sin()) > 1e-6:
+            path = torch.sin((1 - steps) * angle) / angle.sin() * a + torch.sin(steps * angle) / angle.sin() * b
+            return decoding(served, path.float())
+    return decoding(served, ((1 - steps) * a + steps * b).float())
+
+
+async def decode(service: Service, request: DecodeRequest) -> Order:
+    """An order of the images of given latents."""
+    served = await service.library.get(request.model)
+    dim = served.generator.codec.latent_dim
+    if any(len(row) != dim for row in request.latents):
+        raise invalid("latents", f"each of the latents is {dim} numbers")
+    return decoding(served, torch.tensor(request.latents, dtype=torch.float32))
+
+
+def decoding(served: Served, latents: torch.Tensor) -> Order:
+    count = len(latents)
+    return Order(served, [0] * count, [None] * count, None, latents)
+
+
+async def latent_map(service: Service, model: str | None, n: int, seed: int) -> dict[str, object]:
+    """n images' latents in the plane that holds most of what tells the digits apart.
+
+    A point (x, y) of the plane is the latent ``origin + x·axes[0] + y·axes[1]``.
+    """
+    served = await service.library.get(model)
+    classes = served.generator.num_classes
+    labels = service.labels(served, [None if served.only_digit is not None else i % classes for i in range(n)])
+    order = Order(served, range(seed, seed + n), labels, service.settled(served, None, None, None))
+    job = await service.run(order)
+    service.made(order, job)
+    if any(outcome is None or outcome.value != "done" for outcome in job.outcomes):
+        raise ApiError(500, "some images came out as numbers that are not finite", code="not_finite")
+    latents = job.latents.double().numpy()  # (n, D)
+    origin = np.median(latents, axis=0)  # a few images may lie far out
+    kinds = sorted({label for label in labels if label is not None})
+    centres = np.stack([np.median(latents[[label == kind for label in labels]], axis=0) for kind in kinds])
+    spread = centres - origin if len(kinds) > 2 else latents - origin
+    axes = np.linalg.svd(spread, full_matrices=False)[2][:2]  # (2, D)
+    axes *= np.where(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)] < 0, -1.0, 1.0)[:, None]
+    points = (latents - origin) @ axes.T
+    return {
+        "model": served.name,
+        "origin": origin.tolist(),
+        "axes": axes.tolist(),
+        "points": [
+            {"x": float(x), "y": float(y), "label": label, "seed": drawn}
+            for (x, y), label, drawn in zip(points, labels, order.seeds, strict=True)
+        ],
+    }

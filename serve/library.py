@@ -1,0 +1,182 @@
+"""The checkpoints of a replica: which there are, which are loaded, and changing the served one."""
+
+import asyncio
+import dataclasses
+import logging
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from ldm_ray import checkpoint, runs
+from ldm_ray.config import SAMPLERS, SamplingConfig
+from ldm_ray.devices import pick_device
+from ldm_ray.diffusion.samplers import DEFAULT_STEPS
+from ldm_ray.errors import LdmError
+from ldm_ray.generator import Generator
+from ldm_ray.slots import Job, Outcome, Slots
+from serve.errors import ApiError
+from serve.schemas import MAX_IMAGES, MAX_SCALE
+from serve.settings import Settings
+
+WARM_IMAGES = 64
+log = logging.getLogger("ray.serve")
+
+
+class Served:
+    """One loaded checkpoint with its slots."""
+
+    def __init__(self, name: str, path: Path, settings: Settings) -> None:
+        """Raises LdmError when it cannot be loaded."""
+        self.name, self.path, self.stamp = name, path, stamp_of(path)
+        search = [path.parent] + ([Path(settings.outdir)] if settings.outdir else [])
+        ae_ckpt = Path(settings.ae_ckpt) if settings.ae_ckpt else None
+        self.generator, args = Generator.open(path, pick_device(settings.device), ae_ckpt, search=search)
+        self.only_digit: int | None = args.get("only_digit")
+        told = checkpoint.summary(checkpoint.read(path)[0])
+        self.quality = {key: told[key] for key in ("epoch", "train_loss", "val_loss") if key in told}
+        self.created = int(path.stat().st_mtime)
+        self.fingerprint = self.generator.fingerprint
+        self.slots = Slots(self.generator)
+
+    def warm(self) -> None:
+        """Makes images with and without guidance. Raises LdmError when they are unusable."""
+        for scale in (1.0, 2.0):
+            for count in (WARM_IMAGES, 1):
+                done = threading.Event()
+                label = self.only_digit or 0
+                job = Job(
+                    seeds=range(count),
+                    labels=[label] * count,
+                    sampling=SamplingConfig(guidance_scale=scale),
+                    on_done=lambda _, done=done: done.set(),
+                )
+                self.slots.submit(job)
+                done.wait()
+                if any(outcome is not Outcome.DONE for outcome in job.outcomes):
+                    raise LdmError(f"{self.path.name} makes images of numbers that are not finite")
+
+    def close(self, drain_s: float) -> None:
+        self.slots.close(drain_s)
+        self.generator.tiles.pool.shutdown(wait=False)
+
+    def describe(self, settings: Settings) -> dict[str, Any]:
+        """As /v1/models tells of it."""
+        codec, timesteps = self.generator.codec, self.generator.schedule.num_train_timesteps
+        default = dataclasses.asdict(SamplingConfig())
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "ldm_ray",
+            "loaded": True,
+            "autoencoder": codec.kind,
+            "latent_size": codec.latent_dim,
+            "image_size": list(codec.image_size),
+            "classes": self.generator.num_classes,
+            "only_digit": self.only_digit,
+            "prediction_type": self.generator.prediction_type,
+            "limits": {
+                "n": MAX_IMAGES,
+                "num_inference_steps": min(1000, timesteps),
+                "guidance_scale": 20,
+                "scale": MAX_SCALE,
+                "work": settings.max_work,
+                "samplers": list(SAMPLERS),
+            },
+            "defaults": {
+                "sampler": default["sampler"],
+                "guidance_scale": default["guidance_scale"],
+                "num_inference_steps": {
+                    name: len(self.slots.plan(SamplingConfig(sampler=name))) for name in DEFAULT_STEPS
+                },
+            },
+            "sha256": self.generator.sha256,
+            "fingerprint": self.fingerprint,
+            "device": self.generator.device.type,
+            "quality": self.quality,
+        }
+
+
+class Library:
+    """Loads on demand, keeps so many, never lets the default go."""
+
+    def __init__(self, settings: Settings) -> None:
+        assert settings.ckpt is not None
+        self.settings = settings
+        self.default = self._load(Path(settings.ckpt))
+        self.loaded: OrderedDict[str, Served] = OrderedDict({self.default.name: self.default})
+        self._lock = asyncio.Lock()
+
+    def known(self) -> dict[str, Path]:
+        """Every checkpoint that can be asked for, the default first."""
+        found = {self.default.name: self.default.path}
+        found |= {name: served.path for name, served in self.loaded.items() if name not in found}
+        if self.settings.outdir:
+            for path in runs.diffusion_checkpoints(Path(self.settings.outdir)):
+                found.setdefault(name_of(path), path)
+        return found
+
+    async def get(self, name: str | None) -> Served:
+        """ApiError 404: unknown; 503: it does not load."""
+        if name is None or name == self.default.name:
+            return self.default
+        path = self.known().get(name)
+        if path is None:
+            raise ApiError(404, f"there is no model {name[:200]!r}; /v1/models lists them", "model", "model_not_found")
+        async with self._lock:
+            found = self.loaded.get(name)
+            if found is None or found.stamp != stamp_of(path):
+                try:
+                    fresh = await asyncio.to_thread(self._load, path)
+                except (LdmError, OSError) as error:
+                    log.error("model %s does not load: %s", name, error)
+                    raise ApiError(
+                        503, f"model {name} does not load; the server's log has the reason", "model"
+                    ) from None
+                await self._keep(fresh)
+                found = fresh
+            self.loaded.move_to_end(name)
+            return found
+
+    async def serve(self, ckpt: str) -> None:
+        """Makes another checkpoint the default, once it is loaded and warm. LdmError: it stays as it was."""
+        async with self._lock:
+            fresh = await asyncio.to_thread(self._load, Path(ckpt).expanduser().absolute())
+            self.default = fresh
+            await self._keep(fresh)
+
+    async def _keep(self, fresh: Served) -> None:
+        gone = [self.loaded.pop(fresh.name)] if fresh.name in self.loaded else []
+        self.loaded[fresh.name] = fresh
+        for name in list(self.loaded):
+            if len(self.loaded) > self.settings.models and name not in (self.default.name, fresh.name):
+                gone.append(self.loaded.pop(name))
+        for old in gone:  # what it has taken is finished, while others are served
+            threading.Thread(target=old.close, args=(self.settings.deadline_s,), daemon=True).start()
+
+    def close(self) -> None:
+        for served in self.loaded.values():
+            served.close(self.settings.drain_s)
+
+    def _load(self, path: Path) -> Served:
+        served = Served(name_of(path), path, self.settings)
+        try:
+            served.warm()
+        except BaseException:
+            served.close(0)
+            raise
+        return served
+
+
+def name_of(path: Path) -> str:
+    """The run's name for its ``latest.pt``, run and file for its other checkpoints, else the file's name."""
+    if path.name == "latest.pt":
+        return path.parent.name
+    return f"{path.parent.name}-{path.stem}" if path.stem.startswith("checkpoint_epoch_") else path.stem
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Changes when a file is replaced."""
+    told = path.stat()
+    return told.st_mtime_ns, told.st_size

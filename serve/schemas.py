@@ -1,0 +1,182 @@
+"""What goes in and comes out, as pydantic models; unknown fields are refused. The bounds of every field are here."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ldm_ray.config import MAX_SEED, SAMPLERS
+
+MAX_IMAGES = 256
+SIDE = 28
+MAX_SCALE = 16
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+FILLERS = {"a", "an", "the", "digit", "number", "handwritten", "image", "picture", "of"}
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
+Label = Annotated[int, Field(strict=True, ge=0, le=4095)]
+Number = Annotated[float, Field(strict=True, ge=-1000, le=1000, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Sampling(Strict):
+    """How images are made; what is left out is the model's default."""
+
+    model: str | None = Field(None, max_length=200, description="one of /v1/models [the served one]")
+    num_inference_steps: int | None = Field(None, strict=True, ge=1, le=1000, examples=[8])
+    sampler: Literal[SAMPLERS] | None = Field(None, examples=["dpmpp_2m"])  # type: ignore[valid-type]
+    guidance_scale: float | None = Field(None, strict=True, ge=0, le=20, allow_inf_nan=False, examples=[1.5])
+    size: str = Field("28x28", description="28x28 times a whole number up to 16 (448x448)", examples=["28x28"])
+    response_format: Literal["b64_json"] = "b64_json"
+
+    @field_validator("size")
+    @classmethod
+    def check_size(cls, size: str) -> str:
+        scale_of(size)
+        return size
+
+
+class GenerationRequest(Sampling):
+    """POST /v1/images/generations"""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"prompt": "seven", "n": 4, "seed": 42}})
+
+    prompt: str | None = Field(None, max_length=1000, description='a digit: "7" or "seven"', examples=["seven"])
+    class_label: Label | list[Label | None] | None = Field(
+        None, description="a digit, one for each image, or null: unconditional; wins over prompt", examples=[7]
+    )
+    n: int = Field(1, strict=True, ge=1, le=MAX_IMAGES)
+    seed: Seed | None = Field(None, description="image i has seed + i [drawn, and returned]", examples=[42])
+    seeds: list[Seed] | None = Field(None, min_length=1, max_length=MAX_IMAGES, description="one for each image")
+    stream: bool = Field(False, strict=True, description="server-sent events")
+    partial_images: int | None = Field(
+        None, strict=True, ge=0, le=16, description="of each image, while it is denoised"
+    )
+
+    @model_validator(mode="after")
+    def check_together(self) -> "GenerationRequest":
+        if self.seed is not None and self.seeds is not None:
+            raise ValueError("give seed or seeds, not both")
+        if self.seeds is not None and len(self.seeds) != self.n:
+            raise ValueError(f"{len(self.seeds)} seeds for n = {self.n}: one for each image")
+        if isinstance(self.class_label, list) and len(self.class_label) != self.n:
+            raise ValueError(f"{len(self.class_label)} class labels for n = {self.n}: one for each image")
+        if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
+            raise ValueError(f"seed {self.seed} with n = {self.n} goes beyond the last seed, {MAX_SEED}")
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images needs stream = true")
+        return self
+
+
+class Permalink(Strict):
+    """The query of GET /v1/images/{model}/{label}/{seed}.png"""
+
+    steps: int | None = Field(None, ge=1, le=1000)
+    guidance: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
+    sampler: Literal[SAMPLERS] | None = None  # type: ignore[valid-type]
+    scale: int = Field(1, ge=1, le=MAX_SCALE, description="pixels for each pixel")
+
+
+class End(Strict):
+    """One end of an interpolation."""
+
+    seed: Seed
+    class_label: Label | None = None
+
+
+class InterpolationRequest(Sampling):
+    """POST /v1/images/interpolations"""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "example": {"start": {"seed": 1, "class_label": 3}, "end": {"seed": 2, "class_label": 8}, "n": 8}
+        },
+    )
+
+    start: End
+    end: End
+    n: int = Field(8, strict=True, ge=2, le=64, description="images, with both ends")
+    method: Literal["linear", "spherical"] = "linear"
+
+
+class DecodeRequest(Strict):
+    """POST /v1/latents/decode"""
+
+    model: str | None = Field(None, max_length=200)
+    latents: list[Annotated[list[Number], Field(min_length=1, max_length=4096)]] = Field(
+        min_length=1, max_length=MAX_IMAGES, description="whitened latents, each of the model's latent_size"
+    )
+    size: str = "28x28"
+    response_format: Literal["b64_json"] = "b64_json"
+
+    @field_validator("size")
+    @classmethod
+    def check_size(cls, size: str) -> str:
+        scale_of(size)
+        return size
+
+
+class MapQuery(Strict):
+    """The query of GET /v1/latents/map"""
+
+    model: str | None = Field(None, max_length=200)
+    n: int = Field(200, ge=10, le=256, description="points")
+    seed: int = Field(0, ge=0, le=MAX_SEED - 256)
+
+
+class ImageItem(BaseModel):
+    """An image, or what became of it."""
+
+    b64_json: str | None = Field(None, description="PNG with its parameters as text")
+    seed: int | None = None
+    label: int | None = None
+    sha256: str | None = Field(None, description="of the PNG")
+    error: dict[str, Any] | None = None
+
+
+class ImagesResponse(BaseModel):
+    created: int
+    model: str
+    data: list[ImageItem]
+    size: str
+    output_format: str = "png"
+    num_inference_steps: int | None = None
+    sampler: str | None = None
+    guidance_scale: float | None = None
+    fingerprint: str | None = Field(None, description="what bytes follow from, beside the request and the checkpoint")
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+
+
+def scale_of(size: str) -> int:
+    """The whole number that ``28x28`` is multiplied by. ValueError on anything else."""
+    match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", size)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if width != height or width % SIDE or not 1 <= width // SIDE <= MAX_SCALE:
+        raise ValueError(f"a size is 28x28 times a whole number up to {MAX_SCALE}: 28x28, 56x56, … 448x448")
+    return width // SIDE
+
+
+def digit_of(prompt: str) -> int:
+    """The digit that a prompt names, as number or word. ValueError when there is none, or more than one."""
+    words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
+    found = [WORDS.index(word) if word in WORDS else int(word) for word in words if word in WORDS or is_digit(word)]
+    if len(words) != 1 or len(found) != 1:
+        raise ValueError('a prompt names one digit, such as "7" or "seven"')
+    return found[0]
+
+
+def is_digit(word: str) -> bool:
+    return len(word) == 1 and word in "0123456789"

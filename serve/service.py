@@ -1,0 +1,192 @@
+"""From a checked request to images: admission, deadlines, cancellation, what became of each image."""
+
+import asyncio
+import math
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ldm_ray.config import MAX_SEED, SamplingConfig
+from ldm_ray.errors import ConfigError
+from ldm_ray.slots import Closed, Job, Outcome
+from serve.errors import ApiError, invalid
+from serve.library import Library, Served
+from serve.media import Made
+from serve.metrics import Metrics
+from serve.schemas import GenerationRequest, Sampling, digit_of
+from serve.settings import Settings
+
+CACHED = 4096  # permalink images
+REASONS = {
+    Outcome.FAILED: ApiError(500, "this image came out as numbers that are not finite", code="not_finite"),
+    Outcome.EXPIRED: ApiError(408, "the deadline came before this image was finished"),
+    Outcome.CANCELLED: ApiError(503, "the server stopped before this image was finished", headers={"Retry-After": "5"}),
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made, by which model."""
+
+    served: Served
+    seeds: Sequence[int]
+    labels: Sequence[int | None]
+    sampling: SamplingConfig | None
+    start: torch.Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        return 0 if self.sampling is None else len(self.served.slots.plan(self.sampling))
+
+    def text(self) -> dict[str, str]:
+        """What every image's PNG says, beside seed and label."""
+        told: dict[str, object] = {"model": self.served.name, "checkpoint": self.served.generator.sha256}
+        told["fingerprint"] = self.served.fingerprint
+        if self.sampling is not None:
+            told |= {"sampler": self.sampling.sampler, "steps": self.steps}
+            told["guidance"] = f"{self.sampling.guidance_scale:g}"
+        return {key: str(value) for key, value in told.items()}
+
+
+class Service:
+    """One replica's state, shared by all routes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.library = settings, Library(settings)
+        self.metrics = Metrics(lambda: {name: served.slots for name, served in list(self.library.loaded.items())})
+        self.draining = False
+        self.cache: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
+
+    def close(self) -> None:
+        self.draining = True
+        self.library.close()
+
+    # --- from a request to an order ---
+
+    async def order(self, request: GenerationRequest) -> Order:
+        """ApiError on what cannot be made."""
+        served = await self.library.get(request.model)
+        if "class_label" in request.model_fields_set:
+            given = request.class_label
+            labels = given if isinstance(given, list) else [given] * request.n
+        elif request.prompt is not None:
+            try:
+                labels = [digit_of(request.prompt)] * request.n
+            except ValueError as error:
+                raise invalid("prompt", str(error)) from None
+        else:
+            labels = [None] * request.n
+        if request.seeds is not None:
+            seeds = request.seeds
+        else:
+            first = secrets.randbelow(MAX_SEED - request.n + 2) if request.seed is None else request.seed
+            seeds = list(range(first, first + request.n))
+        return Order(served, seeds, self.labels(served, labels), self.sampling(served, request))
+
+    def labels(self, served: Served, labels: Sequence[int | None]) -> list[int | None]:
+        """ApiError on a label that the model does not make."""
+        only = served.only_digit
+        for label in labels:
+            if label is not None and label >= served.generator.num_classes:
+                raise invalid("class_label", f"class_label is 0 to {served.generator.num_classes - 1}, not {label}")
+            if only is not None and label not in (None, only):
+                raise invalid("class_label", f"{served.name} makes the digit {only} alone")
+        return [only if label is None else label for label in labels]
+
+    def sampling(self, served: Served, request: Sampling) -> SamplingConfig:
+        return self.settled(served, request.sampler, request.num_inference_steps, request.guidance_scale)
+
+    def settled(self, served: Served, sampler: str | None, steps: int | None, guidance: float | None) -> SamplingConfig:
+        """Settings with the defaults filled in. ApiError: more steps than the model has."""
+        default = SamplingConfig()
+        made = SamplingConfig(
+            sampler=sampler or default.sampler,
+            num_inference_steps=steps,
+            guidance_scale=default.guidance_scale if guidance is None else guidance,
+        )
+        try:
+            served.slots.plan(made)
+        except ConfigError as error:
+            raise invalid("num_inference_steps", str(error)) from None
+        return made
+
+    # --- from an order to images ---
+
+    def admit(self, order: Order) -> None:
+        """ApiError: 400 more work than one request may be, 429 more than there is room for, 503 while draining."""
+        if self.draining:
+            raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
+        limits, slots = self.settings, order.served.slots
+        rows = 2 if order.sampling is not None and order.sampling.guidance_scale != 1 else 1
+        work = len(order.seeds) * max(1, order.steps) * rows
+        if work > limits.max_work:
+            told = f"n × steps{' × 2 for guidance' * (rows - 1)} is {work:,}; at most {limits.max_work:,} is allowed"
+            raise invalid("n", told, "too_much_work")
+        queued = sum(served.slots.outstanding for served in self.library.loaded.values())
+        images = sum(served.slots.open for served in self.library.loaded.values())
+        if queued and (queued + work > limits.max_queue or images + len(order.seeds) > limits.max_images):
+            wait = math.ceil(min(60.0, max(1.0, (queued + work - limits.max_queue) / max(1.0, slots.rate))))
+            raise ApiError(429, f"the queue is full; try again in {wait} s", headers={"Retry-After": str(wait)})
+
+    async def run(
+        self,
+        order: Order,
+        show: Collection[int] = (),
+        on_image: Callable[[int, int, np.ndarray], None] | None = None,
+    ) -> Job:
+        """Makes an order's images and waits for them; cancels them when the caller is cancelled.
+
+        ``on_image(i, step, pixels (H, W))`` comes in the event loop. ApiError as from ``admit``.
+        """
+        self.admit(order)
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[None] = loop.create_future()
+
+        def done(_: Job) -> None:
+            loop.call_soon_threadsafe(lambda: finished.done() or finished.set_result(None))
+
+        def shown(i: int, step: int, picture: torch.Tensor) -> None:
+            if on_image is not None:
+                loop.call_soon_threadsafe(on_image, i, step, picture.numpy())
+
+        job = Job(
+            seeds=order.seeds,
+            labels=order.labels,
+            sampling=order.sampling,
+            start=order.start,
+            show=show,
+            deadline=time.monotonic() + self.settings.deadline_s,
+            on_image=shown if show else None,
+            on_done=done,
+        )
+        started = time.perf_counter()
+        try:
+            order.served.slots.submit(job)
+        except Closed:  # replaced by a newer checkpoint a moment ago, or stopping
+            raise ApiError(503, "the model has just changed; try again", headers={"Retry-After": "1"}) from None
+        try:
+            await finished
+        finally:
+            order.served.slots.cancel(job)
+        self.metrics.stages.labels("sample").observe(time.perf_counter() - started)
+        return job
+
+    def made(self, order: Order, job: Job) -> list[Made]:
+        """What became of each image. ApiError when there is not one."""
+        common, pixels, found = order.text(), job.images.numpy(), []
+        for i, (seed, label, outcome) in enumerate(zip(order.seeds, order.labels, job.outcomes, strict=True)):
+            text = common | {"seed": str(seed), "label": "none" if label is None else str(label)}
+            if outcome is Outcome.DONE:
+                found.append(Made(pixels[i], seed, label, text))
+            else:
+                assert outcome is not None
+                found.append(Made(None, seed, label, text, REASONS[outcome].body()["error"]))
+        if all(made.pixels is None for made in found):
+            assert job.outcomes[0] is not None
+            raise REASONS[job.outcomes[0]]
+        return found

@@ -1,0 +1,93 @@
+"""Every setting of the service, once: arguments of ``serve run serve.app:deployment`` and of config files."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ldm_ray import config
+from ldm_ray.errors import ConfigError
+
+
+class Mistake(click.ClickException):
+    """A user's mistake: ``serve run`` prints one line and exits with 2."""
+
+    exit_code = 2
+
+
+class Settings(BaseModel):
+    """Bounds are checked before anything starts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ckpt: str | None = Field(None, description="denoiser checkpoint [the newest under outdir]")
+    ae_ckpt: str | None = Field(None, description="autoencoder checkpoint [the one inside]")
+    outdir: str | None = Field(None, description="where checkpoints are found [$SCRATCH, else ./outputs]")
+    device: Literal["cuda", "mps", "cpu"] | None = Field(None, description="[the best there is]")
+    token: str | None = Field(None, description="bearer token that every route but health needs [$LDM_RAY_TOKEN]")
+    replicas: str = Field("1", description="replicas: a number, or MIN-MAX to scale with the load")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a replica [the cores there are]")
+    models: int = Field(4, ge=1, le=64, description="checkpoints that a replica keeps loaded")
+    max_work: int = Field(512_000, ge=1, description="largest request: n × steps, × 2 under guidance")
+    max_queue: int = Field(2_048_000, ge=1, description="the same over all requests that a replica has taken")
+    max_images: int = Field(16_384, ge=1, description="images over all requests that a replica has taken")
+    deadline_s: float = Field(60.0, gt=0, le=86_400, description="seconds after which a request ends with 408")
+    drain_s: float = Field(20.0, ge=0, le=3_600, description="seconds that running requests get at shutdown")
+    max_body: int = Field(1_048_576, ge=1024, description="largest request body in bytes")
+
+    @classmethod
+    def model_validate(cls, obj: Any, **more: Any) -> "Settings":
+        """As pydantic's, but a mistake is one line."""
+        try:
+            made = super().model_validate(obj, **more)
+            made.replica_range()
+            return made
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            known = f"; known are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            raise Mistake(f"{name}: {first['msg']}{known}") from None
+
+    def replica_range(self) -> tuple[int, int]:
+        """(fewest, most) replicas."""
+        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", self.replicas)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
+            raise Mistake(f"replicas is a number from 1, or MIN-MAX such as 1-4, not {self.replicas!r}")
+        return low, high
+
+    def resolved(self) -> "Settings":
+        """With absolute paths and the token of the environment, for replicas that run elsewhere. Mistake: no
+        checkpoint."""
+        from ldm_ray import runs
+
+        base = config.outdir(self.outdir)
+        ckpt = Path(self.ckpt).expanduser().absolute() if self.ckpt else runs.newest_diffusion(base)
+        if ckpt is None:
+            raise Mistake(
+                f"no checkpoint under {base}: name one by ckpt=PATH, or make one with python -m ldm_ray.train"
+            )
+        if not ckpt.is_file():
+            raise Mistake(f"ckpt={ckpt} is not a file")
+        return self.model_copy(
+            update={
+                "ckpt": str(ckpt),
+                "ae_ckpt": str(Path(self.ae_ckpt).expanduser().absolute()) if self.ae_ckpt else None,
+                "outdir": str(base),
+                "token": self.token or os.environ.get("LDM_RAY_TOKEN") or None,
+            }
+        )
+
+
+def check(ckpt: str, ae_ckpt: str | None, outdir: str) -> None:
+    """Opens a checkpoint as a replica will. Mistake in one line when it cannot be used."""
+    from ldm_ray.generator import Generator
+
+    try:
+        path = Path(ckpt)
+        Generator.open(path, "cpu", Path(ae_ckpt) if ae_ckpt else None, search=[path.parent, Path(outdir)])
+    except (ConfigError, ValueError) as error:
+        raise Mistake(str(error)) from None
