@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 import torch
@@ -241,22 +242,51 @@ def test_a_checkpoint_that_does_not_load_leaves_the_old_one_serving(tmp_path: Pa
 # --- the page ---
 
 
+async def page_when(chromium: str, address: str, folder: Path, pattern: str) -> str:
+    """The page's HTML as soon as the pattern is in it, in real time, by Chromium's DevTools protocol."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --disable-background-networking --no-first-run"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={folder} --window-size=390,1500"
+    flags += " --remote-debugging-port=0"
+    browser = subprocess.Popen([chromium, *flags.split(), address], stderr=subprocess.DEVNULL)
+    try:
+        active, html, number = folder / "DevToolsActivePort", "", 0
+        async with aiohttp.ClientSession() as session:
+            while not (active.exists() and active.read_text().count("\n")):
+                assert browser.poll() is None, "Chromium ended"
+                await asyncio.sleep(0.05)
+            port = active.read_text().split()[0]
+            found: list[str] = []
+            while not found:
+                async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+                    found = [each["webSocketDebuggerUrl"] for each in await answer.json() if each["type"] == "page"]
+            async with session.ws_connect(found[0], max_msg_size=0) as devtools:
+                while not re.search(pattern, html):
+                    number += 1
+                    expression = {"expression": "document.documentElement.outerHTML"}
+                    await devtools.send_json({"id": number, "method": "Runtime.evaluate", "params": expression})
+                    while (told := await devtools.receive_json()).get("id") != number:
+                        pass
+                    html = told["result"]["result"].get("value", "")
+                    await asyncio.sleep(0.1)
+        return html
+    finally:
+        browser.kill()
+        browser.wait()
+
+
 @pytest.mark.browser
 def test_the_page_makes_digits_in_a_browser(server: Server, tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium")
-    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
-    flags += f" --disable-sync --no-first-run --user-data-dir={tmp_path} --window-size=390,1500"
-    flags += " --virtual-time-budget=8000 --dump-dom"
     address = f"http://me:{TOKEN}@127.0.0.1:{server.port}/"
-    done = subprocess.run([chromium, *flags.split(), address], capture_output=True, text=True, timeout=100)
-    images = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]+)"', done.stdout)
-    assert len(images) == 16, done.stdout[-2000:]
+    seen = page_when(chromium, address, tmp_path, r'id="status"[^>]*>16 images in')
+    page = asyncio.run(asyncio.wait_for(seen, 90))
+    images = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 16, page[-2000:]
     wanted = server.generator(range(42, 58), [7] * 16)[:, 0].numpy()
     for data, expected in zip(images, wanted, strict=True):
         np.testing.assert_array_equal(pixels(base64.b64decode(data)), expected)
-    assert re.search(r'id="status"[^>]*>16 images in', done.stdout)
 
 
 # --- load ---
