@@ -27,19 +27,6 @@ from ldm_ray.generator import Generator
 
 ROOT = Path(__file__).resolve().parents[1]
 PORT = 8765
-EMPTY = """
-from ray import serve
-
-
-@serve.deployment(num_replicas=1, max_ongoing_requests=2048, logging_config={"enable_access_log": False},
-                  ray_actor_options={"num_cpus": 0})
-class Empty:
-    def __call__(self, request):
-        return "{}"
-
-
-app = Empty.bind()
-"""
 
 
 class Connection:
@@ -131,21 +118,23 @@ def in_process(generator: Generator, count: int, seconds: float) -> float:
 
 def start(ckpt: Path, folder: Path) -> subprocess.Popen:
     """``serve run`` of the service and of an empty deployment, until both answer."""
-    (folder / "empty_deployment.py").write_text(EMPTY)
     service = {"name": "images", "route_prefix": "/", "import_path": "serve.app:deployment"}
     service["args"] = {"ckpt": str(ckpt.absolute()), "outdir": str(folder), "max_images": 65536}  # type: ignore[assignment]
-    empty = {"name": "empty", "route_prefix": "/empty", "import_path": "empty_deployment:app"}
-    config = {"http_options": {"host": "127.0.0.1", "port": PORT}, "applications": [service, empty]}
+    empty = {"name": "empty", "route_prefix": "/empty", "import_path": "baselines:empty"}
+    each = {"name": "each", "route_prefix": "/each", "import_path": "baselines:one_by_one"}
+    each["args"] = {"ckpt": str(ckpt.absolute())}  # type: ignore[assignment]
+    config = {"http_options": {"host": "127.0.0.1", "port": PORT}, "applications": [service, empty, each]}
     (folder / "config.json").write_text(json.dumps(config))
-    path = os.pathsep.join(filter(None, [str(ROOT), str(folder), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(folder / "config.json")]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     async def answers() -> bool:
+        baselines = [f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in ("empty", "each?seed=1")]
         try:
-            for request in (post({"prompt": "1"}), b"GET /empty HTTP/1.1\r\nHost: x\r\n\r\n"):
+            for request in (post({"prompt": "1"}), *baselines):
                 connection = Connection()
                 await connection.open()
                 if await connection.ask(request) != 200:
@@ -178,11 +167,15 @@ def measure(given: argparse.Namespace) -> None:
     def nothing(i: int) -> bytes:
         return b"GET /empty HTTP/1.1\r\nHost: x\r\n\r\n"
 
-    rounds: dict[str, list[float]] = {name: [] for name in ("generator", "http64", "empty", "single")}
+    def alone(i: int) -> bytes:
+        return f"GET /each?seed={i} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+    rounds: dict[str, list[float]] = {name: [] for name in ("generator", "http64", "empty", "each", "single")}
     late: dict[str, tuple[float, float]] = {}
     for _ in range(given.repeats):
         rounds["generator"].append(in_process(generator, 64, given.seconds))
-        for name, request, connections in (("http64", many, 4), ("empty", nothing, 32), ("single", single, 32)):
+        ways = (("http64", many, 4), ("empty", nothing, 32), ("each", alone, 32), ("single", single, 32))
+        for name, request, connections in ways:
             rate, *late[name] = asyncio.run(closed_loop(request, connections, given.seconds))  # type: ignore[assignment]
             rounds[name].append(rate * (64 if name == "http64" else 1))
     middle = {name: statistics.median(values) for name, values in rounds.items()}
@@ -192,6 +185,7 @@ def measure(given: argparse.Namespace) -> None:
     shares = [a / b for a, b in zip(rounds["single"], rounds["empty"], strict=True)]
     for name, told in (
         ("empty", "empty deployment, 32 connections   "),
+        ("each", "one request a batch, 32 connections"),
         ("single", "single images, 32 connections      "),
     ):
         more = f"  {spread(shares)} × the empty one" if name == "single" else ""

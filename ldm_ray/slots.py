@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,7 +61,8 @@ class Slots:
         self._waiting: list[Job] = []
         self._plans: dict[SamplingConfig, tuple[int, Plan]] = {}
         self._plan_count = 0
-        self._outstanding = self._open = 0
+        self._work: Counter[int] = Counter()  # denoiser rows of the jobs that are not finished, by their steps
+        self._open = 0
         self._recent = (0.0, 0.0)  # (denoiser rows, seconds) of the last rounds
         self._closed = self._stopping = False
         self._wake = threading.Condition()
@@ -95,7 +97,7 @@ class Slots:
         with self._wake:
             if self._closed:
                 raise Closed
-            self._outstanding += job.work
+            self._work[len(job.plan)] += job.work
             self._open += count
             self._waiting.append(job)
             self.board.changed = True
@@ -111,7 +113,13 @@ class Slots:
     @property
     def outstanding(self) -> int:
         """Denoiser rows of the jobs taken in and not finished."""
-        return self._outstanding
+        with self._wake:
+            return self._work.total()
+
+    def ahead(self, steps: int) -> int:
+        """The same of the jobs that a new one of so many steps would not pass: those of no more steps."""
+        with self._wake:
+            return sum(work for taken, work in self._work.items() if taken <= steps)
 
     @property
     def alive(self) -> bool:
@@ -133,7 +141,7 @@ class Slots:
         """Takes no more jobs, gives the running ones ``drain_s`` seconds, cancels the rest, ends the thread."""
         with self._wake:
             self._closed = True
-            self._wake.wait_for(lambda: not self._outstanding, timeout=drain_s)
+            self._wake.wait_for(lambda: not self._work.total(), timeout=drain_s)
             self._stopping = self.board.changed = True
             self._wake.notify_all()
         self._thread.join()
@@ -244,7 +252,8 @@ class Slots:
             if not image.job.open:
                 done.append(image.job)
         with self._wake:
-            self._outstanding -= sum(job.work for job in done)
+            for job in done:
+                self._work[len(job.plan)] -= job.work
             self._open -= len(images)
             self._wake.notify_all()
         for job in done:

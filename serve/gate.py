@@ -20,8 +20,9 @@ log = logging.getLogger("ray.serve")
 class Gate:
     """ASGI middleware."""
 
-    def __init__(self, app: Any, service: Service) -> None:
-        self.app, self.service = app, service
+    def __init__(self, app: Any, service: Service, json_paths: frozenset[str]) -> None:
+        """json_paths: the addresses that take a body, which is JSON."""
+        self.app, self.service, self.json_paths = app, service, json_paths
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -41,7 +42,7 @@ class Gate:
 
         try:
             self.check(scope, headers)
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and scope["path"] in self.json_paths:
                 receive = await self.whole(receive)
             await self.app(scope, receive, answer)
         except ApiError as error:
@@ -62,7 +63,7 @@ class Gate:
         token = self.service.settings.token
         if token and scope["path"] not in OPEN_PATHS and not has_token(headers.get("authorization", ""), token):
             raise ApiError(401, "a valid bearer token is needed")
-        if scope["method"] != "POST":
+        if scope["method"] != "POST" or scope["path"] not in self.json_paths:
             return
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length[:20]) > self.service.settings.max_body:

@@ -49,11 +49,12 @@ IMAGES: dict[int | str, dict[str, Any]] = {
 def build(service: Service) -> FastAPI:
     """The application over one replica's service."""
     app = FastAPI(title="ldm_ray", version=ldm_ray.__version__, description="Digits by latent diffusion.")
-    app.add_middleware(Gate, service=service)  # type: ignore[arg-type]
     install(app)
     images(app, service)
     models(app, service)
     page(app)
+    takes_json = frozenset(path for path, methods in app.openapi()["paths"].items() if "post" in methods)
+    app.add_middleware(Gate, service=service, json_paths=takes_json)  # type: ignore[arg-type]
     return app
 
 

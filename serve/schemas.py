@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ldm_ray.config import MAX_SEED, SAMPLERS
 
@@ -12,8 +12,18 @@ SIDE = 28
 MAX_SCALE = 16
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FILLERS = {"a", "an", "the", "digit", "number", "handwritten", "image", "picture", "of"}
-Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
-Label = Annotated[int, Field(strict=True, ge=0, le=4095)]
+
+
+def whole(value: Any) -> Any:
+    """8.0 is an integer to JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(whole)
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), Whole]
+Label = Annotated[int, Field(strict=True, ge=0, le=4095), Whole]
+Steps = Annotated[int, Field(strict=True, ge=1, le=1000), Whole]
+Partial = Annotated[int, Field(strict=True, ge=0, le=16), Whole]
 Number = Annotated[float, Field(strict=True, ge=-1000, le=1000, allow_inf_nan=False)]
 
 
@@ -25,7 +35,7 @@ class Sampling(Strict):
     """How images are made; what is left out is the model's default."""
 
     model: str | None = Field(None, max_length=200, description="one of /v1/models [the served one]")
-    num_inference_steps: int | None = Field(None, strict=True, ge=1, le=1000, examples=[8])
+    num_inference_steps: Steps | None = Field(None, examples=[8])
     sampler: Literal[SAMPLERS] | None = Field(None, examples=["dpmpp_2m"])  # type: ignore[valid-type]
     guidance_scale: float | None = Field(None, strict=True, ge=0, le=20, allow_inf_nan=False, examples=[1.5])
     size: str = Field("28x28", description="28x28 times a whole number up to 16 (448x448)", examples=["28x28"])
@@ -47,13 +57,11 @@ class GenerationRequest(Sampling):
     class_label: Label | list[Label | None] | None = Field(
         None, description="a digit, one for each image, or null: unconditional; wins over prompt", examples=[7]
     )
-    n: int = Field(1, strict=True, ge=1, le=MAX_IMAGES)
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES), Whole] = 1
     seed: Seed | None = Field(None, description="image i has seed + i [drawn, and returned]", examples=[42])
     seeds: list[Seed] | None = Field(None, min_length=1, max_length=MAX_IMAGES, description="one for each image")
     stream: bool = Field(False, strict=True, description="server-sent events")
-    partial_images: int | None = Field(
-        None, strict=True, ge=0, le=16, description="of each image, while it is denoised"
-    )
+    partial_images: Partial | None = Field(None, description="of each image, while it is denoised")
 
     @model_validator(mode="after")
     def check_together(self) -> "GenerationRequest":
@@ -98,7 +106,7 @@ class InterpolationRequest(Sampling):
 
     start: End
     end: End
-    n: int = Field(8, strict=True, ge=2, le=64, description="images, with both ends")
+    n: Annotated[int, Field(strict=True, ge=2, le=64, description="images, with both ends"), Whole] = 8
     method: Literal["linear", "spherical"] = "linear"
 
 

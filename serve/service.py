@@ -137,8 +137,11 @@ class Service:
             raise invalid("n", told, "too_much_work")
         queued = sum(served.slots.outstanding for served in self.library.loaded.values())
         images = sum(served.slots.open for served in self.library.loaded.values())
-        if queued and (queued + work > limits.max_queue or images + len(order.seeds) > limits.max_images):
-            wait = math.ceil(min(60.0, max(1.0, (queued + work - limits.max_queue) / max(1.0, slots.rate))))
+        rate = slots.rate or math.inf
+        late = (slots.ahead(order.steps) + work) / rate - limits.deadline_s  # it would come too late by so many seconds
+        excess = queued + work - limits.max_queue
+        if queued and (late > 0 or excess > 0 or images + len(order.seeds) > limits.max_images):
+            wait = math.ceil(min(60.0, max(1.0, late, excess / rate)))
             raise ApiError(429, f"the queue is full; try again in {wait} s", headers={"Retry-After": str(wait)})
 
     async def run(

@@ -119,7 +119,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Iterator[
         "max_images": MAX_IMAGES,
         "deadline_s": DEADLINE_S,
     }
-    arguments |= {"ckpt": str(runs[2]), "max_body": 200_000}
+    arguments |= {"ckpt": str(runs[2]), "max_body": 1_000_000}
     application = {"name": "images", "route_prefix": "/", "import_path": "serve.app:deployment", "args": arguments}
     config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}))
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

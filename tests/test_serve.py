@@ -345,5 +345,5 @@ def test_a_deadline_is_408_and_short_requests_pass(server: Server) -> None:
         short = server.ask(POST, {"prompt": "5"})
         assert short.status == 200 and not all(one.done() for one in waiting)
         statuses = [one.result().status for one in waiting]
-    assert 408 in statuses and set(statuses) <= {200, 408}
+    assert 408 in statuses and set(statuses) <= {200, 408, 429}  # 429: known at once to come too late
     quiet(server)

@@ -97,6 +97,15 @@ def test_a_short_job_does_not_wait_for_a_long_one(slots: Slots) -> None:
     long.wait()
 
 
+def test_what_lies_ahead_of_a_new_job_is_what_it_does_not_pass(slots: Slots) -> None:
+    long = Waited(slots, 64, LONG)
+    assert slots.outstanding == slots.ahead(1000) == 64_000
+    assert slots.ahead(999) == slots.ahead(8) == 0
+    slots.cancel(long.job)
+    long.wait()
+    assert slots.outstanding == slots.ahead(1000) == 0
+
+
 def test_beyond_capacity_short_jobs_pass_and_long_ones_still_move(generator: Generator) -> None:
     jobs = [Job(seeds=range(4), labels=[0] * 4, sampling=SHORT) for _ in range(3)]
     for job, steps in zip(jobs, (3, 900, 1000), strict=True):

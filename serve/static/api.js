@@ -13,12 +13,15 @@ async function failure(response) {
 
 // Addresses begin with the origin: fetch refuses those of a page whose own address carries a password.
 async function post(path, body, options = {}) {
-  const response = await fetch(location.origin + path, {
+  const ask = () => fetch(location.origin + path, {
     method: "POST",
     headers: { "Content-Type": "application/json", ...(options.accept ? { Accept: options.accept } : {}) },
     body: JSON.stringify(body),
     signal: options.signal,
   });
+  let response = await ask();
+  // A 500 that is not the service's own is from the proxy, of a replica that died: another one answers.
+  if (response.status === 500 && !response.headers.get("content-type")?.includes("json")) response = await ask();
   if (!response.ok) throw await failure(response);
   return response;
 }

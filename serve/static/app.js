@@ -101,6 +101,9 @@ async function generate(body, columns) {
     picture.alt = `image ${i + 1}`;
     picture.setAttribute("role", "option");
     picture.addEventListener("click", () => select(i));
+    picture.addEventListener("dragstart", (event) => event.dataTransfer.setData("text/plain", String(i)));
+    picture.addEventListener("dragover", (event) => event.preventDefault());
+    picture.addEventListener("drop", guarded((event) => morphBetween(Number(event.dataTransfer.getData("text/plain")), i)));
     return picture;
   }));
   $("scrub").disabled = true;

@@ -5,6 +5,13 @@ const morph = { from: null, frames: [] };
 const map = { told: null, at: [0, 0], bounds: null, busy: false, wanted: null };
 const COLOURS = ["#e6194b", "#f58231", "#b8960c", "#3cb44b", "#18a0a0", "#4363d8", "#911eb4", "#d63ec6", "#8a6d3b", "#6b7280"];
 
+async function morphBetween(from, to) {
+  if (from === to || !state.images[from]?.final || !state.images[to]?.final) return;
+  morph.from = state.images[from];
+  select(to);
+  await morphTo();
+}
+
 async function morphTo() {
   const image = state.images[state.chosen];
   const end = (each) => ({ seed: each.seed, class_label: each.label });
