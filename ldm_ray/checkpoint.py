@@ -28,7 +28,10 @@ from ldm_ray.safe_load import plain, read_torch_file, state_dict_of
 
 FORMAT_VERSION = 1
 MAX_TIMESTEPS = 100_000
-SUMMARY = ("format_version", "epoch", "global_step", "train_loss", "val_loss", "data", "config", "args", "versions")
+SUMMARY = (
+    *("format_version", "epoch", "global_step", "train_loss", "val_loss"),
+    *("quality", "data", "config", "args", "versions"),
+)
 
 
 @dataclass(kw_only=True)

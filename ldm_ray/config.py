@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm_ray.errors import ConfigError
-from ldm_ray.options import Config, option
+from ldm_ray.options import Config, by_recipe, option
 
 MAX_SEED = 2**32 - 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -25,6 +25,7 @@ DATASET_HELP = (
 )
 CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+RECIPES = ("best", "classic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,15 @@ class RunConfig(Config):
     cache_dir: str | None = option(None, CACHE_HELP, kind=str, resume="free")
     outdir: str | None = option(None, "where everything is written [$SCRATCH, else ./outputs]", kind=str, resume="free")
     only_digit: int | None = option(None, "train on one digit alone, 0-9", kind=int, low=0, high=9)
-    epochs: int = option(20, "passes over the training images", low=1, resume="free")
-    batch_size: int = option(128, "images per optimiser step, over all workers together", low=1)
-    lr: float = option(2e-4, "learning rate", above=0, high=10)
+    recipe: str = option("best", "where the defaults of the settings named after it come from", choices=RECIPES)
+    epochs: int = by_recipe("passes over the training images", {"best": 60, "classic": 20}, low=1, resume="free")
+    batch_size: int = by_recipe("images a step, over all workers together", {"best": 512, "classic": 128}, low=1)
+    lr: float = by_recipe("largest learning rate", {"best": 2e-3, "classic": 2e-4}, above=0, high=10)
+    lr_schedule: str = by_recipe(
+        "cosine: a warm-up, then down to 0; constant",
+        {"best": "cosine", "classic": "constant"},
+        choices=("cosine", "constant"),
+    )
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0, high=10)
     seed: int = option(42, "everything random follows from it", low=0, high=MAX_SEED)
     device: str | None = option(
@@ -59,6 +66,15 @@ class RunConfig(Config):
     max_failures: int = option(3, "restarts after a lost worker before giving up", low=0, resume="free")
     auto_resume: bool = option(False, "go on with the newest run of these settings, if there is one", resume="free")
     generate_images: bool = option(False, "write a picture to samples/ after each epoch", resume="free")
+    evaluate_every = 0  # a denoiser's alone
+
+    def writes(self, epoch: int) -> bool:
+        """Whether a file of the epoch's own is written, other than at the end."""
+        return epoch % self.checkpoint_every == 0 or self.evaluates(epoch)
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether the epoch is measured beside training."""
+        return bool(self.evaluate_every) and (epoch % self.evaluate_every == 0 or epoch == self.epochs)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +123,11 @@ class TrainConfig(RunConfig):
     hidden_dim: int = option(256, "width of the denoiser", low=8, high=8192)
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
     ema_decay: float = option(0.999, "decay of the averaged weights that sampling uses", low=0, below=1)
+    evaluate_every: int = option(
+        0, "epochs between measurements of FD-LeNet beside training, of which the best is best.pt; 0 = none", low=0,
+        resume="free",
+    )  # fmt: skip
+    evaluate_samples: int = option(5000, "images of each of them", low=100, high=1_000_000, resume="free")
     samples_per_epoch: int = option(16, "pictures in a --generate-images grid", low=1, high=4096, resume="free")
 
     def __post_init__(self) -> None:

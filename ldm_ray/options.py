@@ -22,6 +22,12 @@ def option(default: Any, help: str, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
+def by_recipe(help: str, recipes: dict[str, Any], **rules: Any) -> Any:
+    """A field whose default is the one of ``recipes`` that the configuration's ``recipe`` names."""
+    kind = type(next(iter(recipes.values())))
+    return option(None, help, recipes=recipes, **{"kind": kind, **rules})
+
+
 def flag_of(field: dataclasses.Field) -> str:
     """The field's flag without dashes in front, for example ``batch-size``."""
     return field.metadata.get("flag", field.name.replace("_", "-"))
@@ -67,8 +73,12 @@ class Config:
     """A group of settings that is checked when it is made; subclasses add the fields."""
 
     def __post_init__(self) -> None:
+        recipe = getattr(self, "recipe", None)
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, check_value(field, getattr(self, field.name)))
+            value = getattr(self, field.name)
+            if value is None and "recipes" in field.metadata:
+                value = field.metadata["recipes"].get(recipe)  # a wrong recipe is refused as such below
+            object.__setattr__(self, field.name, check_value(field, value))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

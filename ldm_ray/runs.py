@@ -31,6 +31,11 @@ class RunPaths:
     def latest(self) -> Path:
         return self.checkpoints / "latest.pt"
 
+    @property
+    def best(self) -> Path:
+        """The checkpoint that ``--evaluate-every`` found best."""
+        return self.checkpoints / "best.pt"
+
     def checkpoint(self, epoch: int) -> Path:
         return self.checkpoints / f"checkpoint_epoch_{epoch:06d}.pt"
 
@@ -44,6 +49,11 @@ class RunPaths:
     @property
     def metrics(self) -> Path:
         return self.runs / "metrics.jsonl"
+
+    @property
+    def quality(self) -> Path:
+        """A line for each evaluation beside training."""
+        return self.runs / "quality.jsonl"
 
     @property
     def config(self) -> Path:

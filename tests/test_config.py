@@ -67,9 +67,27 @@ def parse(config: type[Any], *argv: str) -> Any:
 
 @pytest.mark.parametrize(("config", "contract"), [(TrainConfig, CONTRACT), (InferConfig, INFER_CONTRACT)])
 def test_flags_and_defaults_are_the_contract(config: type[Config], contract: dict[str, Any]) -> None:
-    defaults = {flag_of(field): field.default for field in dataclasses.fields(config)}
+    classic = ["--recipe", "classic"] if config is TrainConfig else []
+    told = parse(config, *classic)
+    defaults = {flag_of(field): getattr(told, field.name) for field in dataclasses.fields(config)}
     assert {flag: defaults.get(flag, "missing") for flag in contract} == contract
     assert parse(config) == config()
+
+
+@pytest.mark.parametrize("config", [TrainConfig, AutoencoderConfig])
+def test_a_recipe_gives_what_is_not_said(config: type[Any], tmp_path: Path) -> None:
+    best, classic = config(), config(recipe="classic")
+    assert best.recipe == "best" and best.batch_size > classic.batch_size == 128
+    by_recipe = [field for field in dataclasses.fields(config) if "recipes" in field.metadata]
+    for field in by_recipe:
+        assert getattr(best, field.name) == field.metadata["recipes"]["best"]
+        assert getattr(classic, field.name) == field.metadata["recipes"]["classic"]
+    assert config(recipe="classic", lr=0.5).lr == config(lr=0.5).lr == 0.5
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"recipe": "classic", "epochs": 3}))
+    read = parse(config, "--config", str(file), "--lr", "0.5")
+    assert (read.epochs, read.lr, read.batch_size) == (3, 0.5, 128)
+    assert config.from_dict(classic.to_dict()) == classic
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -93,7 +111,7 @@ def wrong_values(field: dataclasses.Field) -> Iterator[Any]:
         float: ["0.1", True, float("nan"), float("inf"), 10**400, [0.1]],
         str: ["", True, 1.5, ["a"], {}],
     }[kind]
-    if field.default is not None:
+    if field.default is not None:  # None of a field by recipe is that of the recipe
         yield None
     if "choices" in rules:
         yield "nonsense"
@@ -142,9 +160,11 @@ def test_from_dict_takes_flag_and_field_names() -> None:
 
 
 def test_differences_name_what_a_resume_may_not_change() -> None:
-    recorded = TrainConfig().to_dict()
-    assert TrainConfig(epochs=99, device="cpu", outdir="/x", num_workers="2").differences(recorded) == []
-    assert TrainConfig(lr=1e-3, num_train_timesteps=10).differences(recorded) == [
+    recorded = TrainConfig(recipe="classic").to_dict()
+    assert (
+        TrainConfig(recipe="classic", epochs=99, device="cpu", outdir="/x", num_workers="2").differences(recorded) == []
+    )
+    assert TrainConfig(recipe="classic", lr=1e-3, num_train_timesteps=10).differences(recorded) == [
         "--lr 0.0002 then, 0.001 now",
         "--T 1000 then, 10 now",
     ]
@@ -212,7 +232,7 @@ def test_unknown_flags_are_one_line_and_exit_2(argv: list[str], capsys: pytest.C
 
 @pytest.mark.parametrize(("digit", "name"), [(None, "dall"), (7, "d7"), (0, "d0")])
 def test_run_names_are_the_contract(tmp_path: Path, digit: int | None, name: str) -> None:
-    paths = runs.new_run(TrainConfig(only_digit=digit), tmp_path)
+    paths = runs.new_run(TrainConfig(recipe="classic", only_digit=digit), tmp_path)
     assert re.fullmatch(rf"latent-diffusion-{name}-bs128-lr0\.0002-T1000-seed42-\d{{8}}-\d{{6}}", paths.name)
     assert paths.checkpoint(1) == tmp_path / "checkpoints" / paths.name / "checkpoint_epoch_000001.pt"
     assert paths.latest == paths.checkpoints / "latest.pt"

@@ -225,3 +225,20 @@ def test_damaged_image_is_one_line(tmp_path: Path, digits_folder: Path, ae_ckpt:
     output = finish(command("train", *flags), 2)
     assert "image 17" in output and "Traceback" not in output
     assert not list((tmp_path / "out").rglob("manifest.json"))
+
+
+def test_quality_is_measured_beside_training_and_the_best_is_kept(
+    tmp_path: Path, digits_folder: Path, ae_ckpt: Path
+) -> None:
+    flags = ["--evaluate-every", 2, "--evaluate-samples", 200, "--checkpoint-every", 5, "--epochs", 5]
+    where = ["--dataset", digits_folder, "--ae-ckpt", ae_ckpt, "--outdir", tmp_path]
+    output = finish(command("train", *TRAIN, *where, *flags))
+    lines = [json.loads(line) for line in only(tmp_path, f"runs/{RUN}/quality.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [2, 4, 5] and {line["count"] for line in lines} == {200}
+    assert output.count("FD-LeNet") == 3
+    best = min(lines, key=lambda line: line["fd_lenet"])
+    folder = only(tmp_path, f"checkpoints/{RUN}")
+    content = torch.load(folder / "best.pt", weights_only=True)
+    assert content["quality"] == best and content["epoch"] == best["epoch"]
+    assert same_weights(folder / "best.pt", folder / f"checkpoint_epoch_{best['epoch']:06d}.pt")
+    assert f"{best['fd_lenet']:.4f}"[:4] in finish(command("inspect", folder / "best.pt"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -17,7 +18,9 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
+from ldm_ray.data.sources import ImageSource
 from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
+from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
 from ldm_ray.errors import LdmError
 from ldm_ray.training.fit import Job, Place, fit
 
@@ -33,11 +36,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     device = torch.device("mps") if settings["mps"] else get_device()
     world = context.get_world_size()
     place = Place(context.get_world_rank(), world, device, prepare_model if world > 1 else lambda model: model)
-    fit(settings["job"], place, ray.train.report)
+    job = settings["job"]
+    fit(job, place, functools.partial(reported, job.config, job.paths, place.rank == 0))
 
 
-def run(job: Job) -> int:
+def run(job: Job, test: ImageSource | None = None) -> int:
     """Trains to the end; the command's exit code: 0, or 128 + the signal that stopped it.
+
+    test: what ``--evaluate-every`` compares with.
 
     Raises LdmError when training diverged or workers were lost too often.
     """
@@ -50,7 +56,7 @@ def run(job: Job) -> int:
     paths.runs.mkdir(parents=True, exist_ok=True)
     paths.stop.unlink(missing_ok=True)
     paths.diverged.unlink(missing_ok=True)
-    trainer = TorchTrainer(
+    trainer = TorchTrainer(  # type: ignore[call-arg]  # its type is that of Ray Train's first version
         train_worker,
         train_loop_config={"job": job, "threads": threads, "mps": config.device == "mps"},
         scaling_config=ScalingConfig(
@@ -64,6 +70,7 @@ def run(job: Job) -> int:
             storage_path=str(paths.outdir / "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
+        validation_config=validation_of(config, paths, test),
     )
     outcome: dict[str, Any] = {}
 
@@ -118,6 +125,7 @@ class Watch:
 
     def __init__(self, job: Job) -> None:
         self.job, self.read, self.shown = job, 0, ""
+        self.measured = len(recorded(job.paths.quality))
         if job.paths.metrics.exists():
             self.read = len(job.paths.metrics.read_text().splitlines())
 
@@ -136,6 +144,12 @@ class Watch:
             self.line("")
             log.info("%s", epoch_line(json.loads(line), epochs))
         self.read = len(lines)
+        if self.job.config.evaluate_every:
+            figures = recorded(paths.quality)
+            for row in figures[self.measured :]:
+                self.line("")
+                log.info("epoch %3d  FD-LeNet %.2f, %.1f %% as asked", row["epoch"], row[FIGURE], 100 * row["accuracy"])
+            self.measured = len(figures)
         if sys.stderr.isatty() and paths.progress.exists():
             now = json.loads(paths.progress.read_text())
             left = time.strftime(

@@ -60,7 +60,9 @@ def train(config: TrainConfig) -> Outcome:
             return latents
         # A resumed run keeps the statistics it began with
         found = latents.whitened if content is None else latents.autoencoder
-        return _fit(config, latents.source, latents.folder, base, paths, content, found)
+        cache = cache_dir(config.cache_dir)
+        test = load_source(config.dataset, "test", cache, config.only_digit) if config.evaluate_every else None
+        return _fit(config, latents.source, latents.folder, base, paths, content, found, test)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _fit(
     paths: RunPaths | None,
     content: dict[str, Any] | None,
     autoencoder: AutoencoderCheckpoint | None,
+    test: ImageSource | None = None,
 ) -> Outcome:
     """Trains a new run, or goes on with the one of ``content``."""
     data = identity_of(source, autoencoder)
@@ -135,7 +138,7 @@ def _fit(
     embedded = checkpoint.embed(autoencoder) if autoencoder else None
     with log_file(paths.log):
         log.info("run %s: %s images of %s", paths.name, f"{len(source):,}", source.name)
-        code = fit.run(Job(config, paths, folder, data, embedded))
+        code = fit.run(Job(config, paths, folder, data, embedded), test)
     return Outcome(paths, code)
 
 

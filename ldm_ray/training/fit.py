@@ -122,7 +122,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
         stop = agreed(first and job.paths.stop.exists(), place)
         last = early or stop or fitter.epoch == config.epochs
         if recorder:
-            if last or fitter.epoch % config.checkpoint_every == 0:
+            if last or config.writes(fitter.epoch):
                 save(task, fitter, job, best, metrics, epoch_file=True, finished=early)
             if config.generate_images:
                 task.picture(fitter.averaged, job.paths.sample(fitter.epoch), val_data.to(place.device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from ldm_ray.generator import Generator
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
 
-WARM_UP = 0.05  # share of an autoencoder's steps
-
 
 class Task(ABC):
     """model is trained through ``loss(forward, …)``, where forward is the model or its DDP wrapper."""
@@ -38,10 +35,6 @@ class Task(ABC):
     @abstractmethod
     def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch (B, …) with labels (B,); all randomness is the generator's."""
-
-    def lr_factor(self, progress: float) -> float:
-        """Share of the learning rate after this share of all steps."""
-        return 1.0
 
     @abstractmethod
     def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
@@ -70,11 +63,6 @@ class AutoencoderTask(Task):
     def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         images = to_float(batch)
         return F.binary_cross_entropy_with_logits(forward(images).float(), images)
-
-    def lr_factor(self, progress: float) -> float:
-        if progress < WARM_UP:
-            return progress / WARM_UP
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
     def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
         return checkpoint.autoencoder_content(self.autoencoder, self.config.model, self.config.to_dict(), **rest)
