@@ -122,12 +122,20 @@ class TrainConfig(RunConfig):
     )
     hidden_dim: int = option(256, "width of the denoiser", low=8, high=8192)
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
-    ema_decay: float = option(0.999, "decay of the averaged weights that sampling uses", low=0, below=1)
+    whiten: bool = by_recipe(
+        "train on latents of unit covariance; otherwise as the encoder gives them", {"best": True, "classic": False}
+    )
+    stratified: bool = by_recipe(
+        "spread each batch evenly over the timesteps; otherwise at random", {"best": True, "classic": False}
+    )
+    ema_decay: float = by_recipe(
+        "decay of the averaged weights that sampling uses; 0 = none", {"best": 0.999, "classic": 0.0}, low=0, below=1
+    )
     evaluate_every: int = option(
         0, "epochs between measurements of FD-LeNet beside training, of which the best is best.pt; 0 = none", low=0,
         resume="free",
     )  # fmt: skip
-    evaluate_samples: int = option(5000, "images of each of them", low=100, high=1_000_000, resume="free")
+    evaluate_samples: int = option(5000, "images of each of them", low=6, high=1_000_000, resume="free")
     samples_per_epoch: int = option(16, "pictures in a --generate-images grid", low=1, high=4096, resume="free")
 
     def __post_init__(self) -> None:

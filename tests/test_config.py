@@ -106,7 +106,7 @@ def test_every_flag_is_read_from_the_command_line(config: type[Config]) -> None:
 def wrong_values(field: dataclasses.Field) -> Iterator[Any]:
     rules, kind = field.metadata, kind_of(field)
     yield from {
-        bool: ["true", 1, 0, None],
+        bool: ["true", 1, 0],
         int: ["3", "x", 2.0, 2.5, True, [1], float("nan")],
         float: ["0.1", True, float("nan"), float("inf"), 10**400, [0.1]],
         str: ["", True, 1.5, ["a"], {}],

@@ -154,3 +154,21 @@ def test_the_loss_of_a_perfect_prediction_of_each_kind_is_zero(kind: str) -> Non
     assert denoising_loss(perfect, noiser, x0, labels, 10, 0.1, generator, kind).item() < 1e-8
     wrong = denoising_loss(lambda xt, t, y: perfect(xt, t, y) + 1, noiser, x0, labels, 10, 0.1, generator, kind)
     assert wrong.item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(("batch", "timesteps"), [(64, 64), (500, 1000), (1000, 50)])
+def test_stratified_timesteps_are_spread_evenly(batch: int, timesteps: int) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watching(xt: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(t)
+        return xt
+
+    noiser, labels = Noiser(NoiseSchedule(timesteps, 1e-4, 0.2)), torch.zeros(batch, dtype=torch.long)
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        denoising_loss(watching, noiser, torch.zeros(batch, 2), labels, 10, 0.0, generator, stratified=True)
+    for t in seen:
+        counts = torch.bincount(t // max(1, timesteps // batch), minlength=min(batch, timesteps))
+        assert counts.tolist() == [max(1, batch // timesteps)] * min(batch, timesteps)
+    assert batch >= timesteps or not torch.equal(seen[0], seen[1])

@@ -20,15 +20,23 @@ def denoising_loss(
     label_dropout: float,
     generator: torch.Generator,
     prediction_type: str = "epsilon",
+    stratified: bool = False,
 ) -> Tensor:
     """E‖target − f_θ(√ᾱ x0 + √(1 − ᾱ) ε, t, y)‖² as a mean over elements; the target is ε, v = √ᾱ ε − √(1 − ᾱ) x0
     (Salimans and Ho, arXiv:2202.00512) or x0, by ``prediction_type``.
 
-    x0 (B, D), labels (B,). t is uniform; a share ``label_dropout`` of the labels becomes ``null_label``
-    (classifier-free guidance, Ho and Salimans, arXiv:2207.12598). All randomness is the generator's.
+    x0 (B, D), labels (B,). t is uniform: drawn for each row alone or, stratified, one from each of B equal parts of
+    the timesteps, so that batches differ less (the idea of the low-discrepancy times of Kingma et al.,
+    arXiv:2107.00630, appendix I.1). A share ``label_dropout`` of the labels becomes ``null_label`` (classifier-free
+    guidance, Ho and Salimans, arXiv:2207.12598). All randomness is the generator's.
     """
     batch, device = len(x0), x0.device
-    t = torch.randint(0, len(noiser.signal), (batch,), device=device, generator=generator)
+    timesteps = len(noiser.signal)
+    if stratified:
+        parts = torch.arange(batch, device=device) + torch.rand(batch, device=device, generator=generator)
+        t = (parts * (timesteps / batch)).long().clamp_max(timesteps - 1)
+    else:
+        t = torch.randint(0, timesteps, (batch,), device=device, generator=generator)
     noise = torch.randn(x0.shape, device=device, generator=generator)
     hidden = torch.rand(batch, device=device, generator=generator) < label_dropout
     labels = torch.where(hidden, null_label, labels)

@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Outcome:
         if isinstance(latents, Outcome):
             return latents
         # A resumed run keeps the statistics it began with
-        found = latents.whitened if content is None else latents.autoencoder
+        found = latents.whitened if content is None and config.whiten else latents.autoencoder
         cache = cache_dir(config.cache_dir)
         test = load_source(config.dataset, "test", cache, config.only_digit) if config.evaluate_every else None
         return _fit(config, latents.source, latents.folder, base, paths, content, found, test)

@@ -105,9 +105,9 @@ class DenoiserTask(Task):
         return self.autoencoder.codec.cpu().whiten(examples.vectors)  # (N, D)
 
     def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        null, dropout = self.denoiser.null_label, self.config.label_dropout
-        kind = self.config.prediction_type
-        return denoising_loss(forward, self.noiser, batch, labels, null, dropout, generator, kind)
+        null, config = self.denoiser.null_label, self.config
+        how = (config.label_dropout, generator, config.prediction_type, config.stratified)
+        return denoising_loss(forward, self.noiser, batch, labels, null, *how)
 
     def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
         assert isinstance(ema, Denoiser)
