@@ -97,8 +97,14 @@ class AutoencoderConfig(RunConfig):
 
     model: str = option("mlp", "which autoencoder", choices=("conv", "mlp"))
     latent_dim: int = option(16, "numbers per image", low=1, high=1024)
-    lr: float = option(1e-3, "largest learning rate, after the warm-up and before the cosine decay", above=0, high=10)
-    epochs: int = option(20, "passes over the training images", low=1)
+    epochs: int = by_recipe("passes over the training images", {"best": 40, "classic": 20}, low=1)
+    batch_size: int = by_recipe("images a step, over all workers together", {"best": 128, "classic": 128}, low=1)
+    lr: float = by_recipe("largest learning rate", {"best": 4e-3, "classic": 1e-3}, above=0, high=10)
+    lr_schedule: str = by_recipe(
+        "cosine: a warm-up, then down to 0; constant",
+        {"best": "cosine", "classic": "cosine"},
+        choices=("cosine", "constant"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +123,10 @@ class TrainConfig(RunConfig):
     beta_schedule: str = option(
         "linear", "shape of the noise schedule; squaredcos_cap_v2 goes by T alone", choices=BETA_SCHEDULES
     )
-    prediction_type: str = option(
-        "epsilon", "what the denoiser learns: the noise, v, or x0 (sample)", choices=PREDICTION_TYPES
+    prediction_type: str = by_recipe(
+        "what the denoiser learns: the noise, v, or x0 (sample)",
+        {"best": "v_prediction", "classic": "epsilon"},
+        choices=PREDICTION_TYPES,
     )
     hidden_dim: int = option(256, "width of the denoiser", low=8, high=8192)
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
