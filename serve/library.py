@@ -75,6 +75,7 @@ class Served:
             "latent_size": codec.latent_dim,
             "image_size": list(codec.image_size),
             "classes": self.generator.num_classes,
+            "class_names": list(self.generator.class_names),
             "only_digit": self.only_digit,
             "prediction_type": self.generator.prediction_type,
             "limits": {
