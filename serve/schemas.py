@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ldm_ray.config import MAX_SEED, SAMPLERS
+from serve.settings import SIDE
 
 MAX_IMAGES = 256
-SIDE = 28
 MAX_SCALE = 16
 Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
 Label = Annotated[int, Field(strict=True, ge=0, le=4095)]

@@ -42,9 +42,9 @@ def evaluate(config: EvaluateConfig, generator: Generator, only_digit: int | Non
     sources = [load_source(config.dataset, s, cache_dir(config.cache_dir), only_digit) for s in ("train", "test")]
     log.info("reading %s: %d training and %d test images", sources[0].name, len(sources[0]), len(sources[1]))
     train, test = (source.decode() for source in sources)
-    classes = max(generator.num_classes, *(source.num_classes for source in sources))
-    if generator.num_classes != NUM_CLASSES or classes != NUM_CLASSES:
-        raise DataError(f"evaluate measures with classifiers of {NUM_CLASSES} digits, not of {classes} classes")
+    for what, count in (("the checkpoint", generator.num_classes), *((s.name, s.num_classes) for s in sources)):
+        if count > NUM_CLASSES or (count < NUM_CLASSES and what == "the checkpoint"):
+            raise DataError(f"evaluate measures with classifiers of {NUM_CLASSES} digits; {what} has {count} classes")
     reference = Reference.of(test[0], train[0], classifiers)
 
     def measure_floors(codec: LatentCodec) -> dict[str, dict[str, Any]]:
