@@ -99,7 +99,15 @@ def latents_of(config: TrainConfig, base: Path, found: AutoencoderCheckpoint | N
         found = checkpoint.load_autoencoder(outcome.paths.latest)
     log.info("autoencoder: %s (type %s, %d numbers)", found.path, found.codec.kind, found.codec.latent_dim)
     if source.image_size != found.codec.image_size:
-        raise ConfigError(f"images are {source.image_size}, the autoencoder takes {found.codec.image_size}")
+        raise ConfigError(
+            f"images are {source.image_size}, the autoencoder {found.path} takes {found.codec.image_size}: name another "
+            "by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
+        )
+    trained_on = found.info.get("data", {}).get("revision")
+    if trained_on not in (None, source.revision):
+        log.warning(
+            "WARNING: the autoencoder was trained on other images than %s; --ae-ckpt names another", source.name
+        )
     folder = encode(source, found, base, config.encode_workers, config.device)
     return Latents(source, folder, found)
 
