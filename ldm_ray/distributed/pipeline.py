@@ -100,8 +100,8 @@ def latents_of(config: TrainConfig, base: Path, found: AutoencoderCheckpoint | N
     log.info("autoencoder: %s (type %s, %d numbers)", found.path, found.codec.kind, found.codec.latent_dim)
     if source.image_size != found.codec.image_size:
         raise ConfigError(
-            f"images are {source.image_size}, the autoencoder {found.path} takes {found.codec.image_size}: name another "
-            "by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
+            f"images are {source.image_size}, the autoencoder {found.path} takes {found.codec.image_size}: name "
+            "another by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
         )
     trained_on = found.info.get("data", {}).get("revision")
     if trained_on not in (None, source.revision):
