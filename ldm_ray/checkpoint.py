@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import ldm_ray
+from ldm_ray.classes import names_in
 from ldm_ray.config import PREDICTION_TYPES
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
@@ -57,6 +58,11 @@ class DiffusionCheckpoint:
     path: str
     sha256: str
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """As the data it was trained on names them; their numbers where it does not."""
+        return names_in(self.info, self.denoiser.num_classes)
 
 
 def file_sha256(path: Path) -> str:
@@ -207,7 +213,13 @@ def autoencoder_content(model: Any, kind: str, args: dict[str, Any], **rest: Any
         "format_version": FORMAT_VERSION,
         "kind": "autoencoder",
         "model": cpu(model.state_dict()),
-        "args": args | {"model": kind, "latent_dim": model.latent_dim, "only_digit": args.get("only_digit")},
+        "args": args
+        | {
+            "model": kind,
+            "latent_dim": model.latent_dim,
+            "image_size": list(model.image_size),
+            "only_digit": args.get("only_digit"),
+        },
         "config": args,
         "versions": versions(),
     } | rest
@@ -256,6 +268,7 @@ def embed(autoencoder: AutoencoderCheckpoint) -> dict[str, Any]:
     return {
         "type": codec.kind,
         "latent_dim": codec.latent_dim,
+        "image_size": list(codec.image_size),
         "path": autoencoder.path,
         "sha256": autoencoder.sha256,
         "only_digit": autoencoder.only_digit,
@@ -269,7 +282,7 @@ def from_embedded(value: Any, path: Path) -> AutoencoderCheckpoint | None:
         return None
     if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
         raise CheckpointError(f"checkpoint {path}: its autoencoder is damaged")
-    args = {"model": value.get("type"), "latent_dim": value.get("latent_dim")}
+    args = {"model": value.get("type"), "latent_dim": value.get("latent_dim"), "image_size": value.get("image_size")}
     return AutoencoderCheckpoint(
         codec=_codec(value["model"], args, value.get("statistics"), path),
         path=str(value.get("path")),
@@ -282,12 +295,23 @@ def _codec(weights: Any, args: dict[str, Any], statistics: Any, path: Path) -> L
     state = state_dict_of(weights, path, "autoencoder")
     try:
         kind, latent_dim = registry.detect(state, args)
-        return LatentCodec.from_state(kind, latent_dim, state, _statistics(statistics, latent_dim))
-    except CheckpointError as error:
+        image_size = _image_size(args.get("image_size"))
+        return LatentCodec.from_state(kind, latent_dim, state, _statistics(statistics, latent_dim), image_size)
+    except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path}: the weights do not fit: {first}") from None
+
+
+def _image_size(value: Any) -> tuple[int, int]:
+    """(height, width); files that do not say hold autoencoders of 28×28."""
+    if value is None:
+        return registry.IMAGE_SIZE
+    sides = list(value) if isinstance(value, (list, tuple)) else []
+    if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= registry.MAX_SIDE for side in sides):
+        raise CheckpointError(f"image_size is height and width, 1 to {registry.MAX_SIDE}, not {str(value)[:40]}")
+    return sides[0], sides[1]
 
 
 def _statistics(value: Any, latent_dim: int) -> LatentStatistics | None:

@@ -57,6 +57,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
         else:
             choices = field.metadata.get("choices")
             metavar = "|".join(map(str, choices)) if choices else {int: "N", float: "X"}.get(kind, "TEXT")
+            if field.metadata.get("many"):
+                settings |= {"action": "extend", "nargs": "+"}
             parser.add_argument(flag, type=str if kind is str else number(kind), metavar=metavar, **settings)
 
 
@@ -81,6 +83,16 @@ def read_json(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f'--config {path} is a JSON object of settings, such as {{"lr": 0.001}}')
     return values
+
+
+def picture_path(given: str) -> Path:
+    """``--output`` of a command that writes one picture. ConfigError unless it is a .png that is no folder."""
+    output = Path(given).expanduser()
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"--output {output} is to be a .png file")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; name a .png file in it")
+    return output
 
 
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:

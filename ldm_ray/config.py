@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm_ray.classes import MAX_CLASSES
 from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, by_recipe, option
 
@@ -20,7 +21,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SAMPLERS = ("dpmpp_2m", "ddim", "ddpm")
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
 DATASET_HELP = (
-    "hub id (ylecun/mnist), folder of Parquet files, 'digits' (embedded, no network) or 'auto': "
+    "hub id (ylecun/mnist), folder of Parquet files or of PNGs by class, 'digits' (embedded, no network) or 'auto': "
     "the hub's MNIST, or the embedded digits where the hub cannot be reached"
 )
 CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
@@ -35,7 +36,7 @@ class RunConfig(Config):
     dataset: str = option("auto", DATASET_HELP)
     cache_dir: str | None = option(None, CACHE_HELP, kind=str, resume="free")
     outdir: str | None = option(None, "where everything is written [$SCRATCH, else ./outputs]", kind=str, resume="free")
-    only_digit: int | None = option(None, "train on one digit alone, 0-9", kind=int, low=0, high=9)
+    only_digit: int | None = option(None, "train on one class alone, by number", kind=int, low=0, high=MAX_CLASSES - 1)
     recipe: str = option("best", "where the defaults of the settings named after it come from", choices=RECIPES)
     epochs: int = by_recipe("passes over the training images", {"best": 60, "classic": 20}, low=1, resume="free")
     batch_size: int = by_recipe("images a step, over all workers together", {"best": 512, "classic": 128}, low=1)
@@ -199,7 +200,7 @@ class InferConfig(SamplingConfig):
     outdir: str | None = option(None, "where to look for checkpoints [$SCRATCH, else ./outputs]", kind=str)
     num_images: int = option(64, "how many", low=1, high=100_000)
     output: str = option("generated.png", "the picture to write")
-    digit: int | None = option(None, "one digit alone, 0-9 [each in turn]", kind=int, low=0, high=9)
+    digit: str | None = option(None, "one class alone, by number or name [each in turn]", kind=str)
     seed: int = option(42, "image i has seed + i", low=0, high=MAX_SEED)
     device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
     show_process: bool = option(False, "also write the denoising, as a strip and as a GIF")
@@ -255,7 +256,7 @@ class GenerateConfig(SamplingConfig):
     seeds: str = option("0-9999", "an image each: numbers and ranges, such as 0-999999,5,7")
     labels: str = option(
         "balanced",
-        "balanced: each class in turn; random: drawn from the seed; digits in turn, such as 7 or 0-4,9; "
+        "balanced: each class in turn; random: drawn from the seed; classes in turn, such as 7, 0-4,9 or their names; "
         "or file:PATH with a label for each seed",
     )
     outdir: str = option("generated", "the dataset's folder, or s3://, gs:// and what else pyarrow opens")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm_ray import runs
 from ldm_ray.checkpoint import DiffusionCheckpoint, load_diffusion
+from ldm_ray.classes import numbered
 from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.data.images import to_uint8
 from ldm_ray.diffusion.guidance import guided
@@ -52,6 +53,7 @@ class Generator:
         self.device = torch.device(device)
         self.codec, self.schedule, self.prediction_type = codec.to(self.device), schedule, prediction_type
         self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
+        self.class_names = numbered(denoiser.num_classes)
         self.sha256 = ""
         self.tiles = Tiles(self._all_matrix_work, codec.latent_dim, self.device)
         tabled = partial(TabledDenoiser, denoiser.to(self.device).eval())
@@ -76,7 +78,7 @@ class Generator:
         assert loaded.autoencoder is not None
         codec = loaded.autoencoder.codec
         made = cls(loaded.denoiser, codec, loaded.schedule, device, loaded.prediction_type)
-        made.sha256 = loaded.sha256
+        made.sha256, made.class_names = loaded.sha256, loaded.class_names
         return made
 
     @property

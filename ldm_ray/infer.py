@@ -24,14 +24,11 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(InferConfig, cli.Parser(prog=PROG, description=__doc__), argv)
-    output = Path(config.output).expanduser()
-    if output.suffix.lower() != ".png":
-        raise ConfigError(f"--output {output} is to be a .png file")
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder; name a .png file in it")
+    output = cli.picture_path(config.output)
     if config.seed + config.num_images - 1 > MAX_SEED:
         raise ConfigError(f"--seed {config.seed} with {config.num_images} images goes beyond the last seed, {MAX_SEED}")
     from ldm_ray import runs
+    from ldm_ray.classes import class_of
     from ldm_ray.data.images import save_grid
     from ldm_ray.devices import pick_device
     from ldm_ray.generator import Generator
@@ -44,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
     generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, outdir(config.outdir)])
-    digit = config.digit if config.digit is not None else info.get("only_digit")
-    if info.get("only_digit") not in (None, digit):
-        raise CheckpointError(f"{ckpt} was trained on digit {info['only_digit']} alone, not on {digit}")
+    only = info.get("only_digit")
+    digit = only if config.digit is None else class_of(config.digit, generator.class_names)
+    if only not in (None, digit):
+        raise CheckpointError(f"{ckpt} was trained on digit {only} alone, not on {config.digit}")
     seeds = [config.seed + i for i in range(config.num_images)]
     labels = [i % generator.num_classes if digit is None else digit for i in range(config.num_images)]
     images = generator(seeds, labels, config.sampling)

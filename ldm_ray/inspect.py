@@ -39,7 +39,8 @@ def describe(path: Path) -> dict[str, Any]:
         loaded = checkpoint.load_autoencoder(path)
         found |= {"sha256": loaded.sha256, "type": loaded.codec.kind, "latent_dim": loaded.codec.latent_dim}
         found |= {"parameters": sum(p.numel() for p in loaded.codec.model.parameters())}
-        return found | {"only_digit": loaded.only_digit} | loaded.info
+        found |= {"image_size": loaded.codec.image_size, "only_digit": loaded.only_digit}
+        return found | loaded.info
     diffusion = checkpoint.load_diffusion(path)
     denoiser, carried = diffusion.denoiser, diffusion.autoencoder
     found |= {
@@ -48,12 +49,14 @@ def describe(path: Path) -> dict[str, Any]:
         "latent_dim": denoiser.latent_dim,
         "hidden_dim": denoiser.hidden_dim,
         "num_classes": denoiser.num_classes,
+        "class_names": ", ".join(diffusion.class_names),
         "schedule": diffusion.schedule.to_dict(),
         "averaged_weights": "ema" in content,
         "resumable": "training" in content,
     }
     if carried:
-        found["autoencoder"] = {"type": carried.codec.kind, "path": carried.path, "sha256": carried.sha256}
+        size = {"image_size": carried.codec.image_size}
+        found["autoencoder"] = {"type": carried.codec.kind} | size | {"path": carried.path, "sha256": carried.sha256}
     else:
         args = content["args"]
         found["autoencoder"] = {"type": args.get("ae_model"), "path": args.get("ae_ckpt"), "carried": False}

@@ -16,8 +16,8 @@ def option(default: Any, help: str, **rules: Any) -> Any:
     """A dataclass field with what its flag needs.
 
     rules: ``flag`` (name, when not the field's), ``kind`` (int, float, str or bool; the default's type
-    otherwise), ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive), ``choices``, ``metavar``,
-    ``resume`` ("free": may change between the stop and the resume of a run).
+    otherwise), ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive), ``choices``, ``many`` (up
+    to so many values, given as a tuple), ``resume`` ("free": may change between the stop and the resume of a run).
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
@@ -42,6 +42,22 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
     """The value in its field's type, or ConfigError with what is allowed."""
     if value is None and field.default is None:
         return None
+    if field.metadata.get("many"):
+        return check_many(field, value)
+    return check_one(field, value)
+
+
+def check_many(field: dataclasses.Field, value: Any) -> tuple[Any, ...]:
+    """Each of one value or several, in their type."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    most = field.metadata["many"]
+    if not 1 <= len(values) <= most:
+        raise ConfigError(f"--{flag_of(field)} takes 1 to {most} values, not {len(values)}")
+    return tuple(check_one(field, each) for each in values)
+
+
+def check_one(field: dataclasses.Field, value: Any) -> Any:
+    """As ``check_value``, of a value that is there."""
     rules, kind, name = field.metadata, kind_of(field), f"--{flag_of(field)}"
     if kind is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} is true or false, not {value!r}")

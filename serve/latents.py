@@ -1,8 +1,8 @@
 """The latent space over HTTP: between two images, from numbers to an image, and a map of it."""
 
-import numpy as np
 import torch
 
+from ldm_ray.latents.paths import interpolate, plane
 from serve.errors import ApiError, invalid
 from serve.library import Served
 from serve.schemas import DecodeRequest, InterpolationRequest
@@ -17,14 +17,8 @@ async def interpolation(service: Service, request: InterpolationRequest) -> Orde
     ends = Order(served, [request.start.seed, request.end.seed], labels, sampling)
     job = await service.run(ends)
     service.made(ends, job)
-    a, b = job.latents.double()
-    steps = torch.linspace(0, 1, request.n, dtype=torch.float64)[:, None]
-    if request.method == "spherical" and float(a.norm() * b.norm()) > 0:
-        angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
-        if float(angle.sin()) > 1e-6:
-            path = torch.sin((1 - steps) * angle) / angle.sin() * a + torch.sin(steps * angle) / angle.sin() * b
-            return decoding(served, path.float())
-    return decoding(served, ((1 - steps) * a + steps * b).float())
+    start, end = job.latents
+    return decoding(served, interpolate(start, end, request.n, request.method))
 
 
 async def decode(service: Service, request: DecodeRequest) -> Order:
@@ -55,12 +49,7 @@ async def latent_map(service: Service, model: str | None, n: int, seed: int) -> 
     if any(outcome is None or outcome.value != "done" for outcome in job.outcomes):
         raise ApiError(500, "some images came out as numbers that are not finite", code="not_finite")
     latents = job.latents.double().numpy()  # (n, D)
-    origin = np.median(latents, axis=0)  # a few images may lie far out
-    kinds = sorted({label for label in labels if label is not None})
-    centres = np.stack([np.median(latents[[label == kind for label in labels]], axis=0) for kind in kinds])
-    spread = centres - origin if len(kinds) > 2 else latents - origin
-    axes = np.linalg.svd(spread, full_matrices=False)[2][:2]  # (2, D)
-    axes *= np.where(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)] < 0, -1.0, 1.0)[:, None]
+    origin, axes = plane(latents, labels)
     points = (latents - origin) @ axes.T
     return {
         "model": served.name,

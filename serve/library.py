@@ -18,7 +18,7 @@ from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slots import Slots
 from serve.errors import ApiError
 from serve.schemas import MAX_IMAGES, MAX_SCALE
-from serve.settings import Settings
+from serve.settings import Settings, check_size
 
 WARM_IMAGES = 64
 log = logging.getLogger("ray.serve")
@@ -33,6 +33,7 @@ class Served:
         search = [path.parent] + ([Path(settings.outdir)] if settings.outdir else [])
         ae_ckpt = Path(settings.ae_ckpt) if settings.ae_ckpt else None
         self.generator, args = Generator.open(path, pick_device(settings.device), ae_ckpt, search=search)
+        check_size(path, self.generator.codec.image_size)
         self.only_digit: int | None = args.get("only_digit")
         told = checkpoint.summary(checkpoint.read(path)[0])
         self.quality = {key: told[key] for key in ("epoch", "train_loss", "val_loss") if key in told}
@@ -75,6 +76,7 @@ class Served:
             "latent_size": codec.latent_dim,
             "image_size": list(codec.image_size),
             "classes": self.generator.num_classes,
+            "class_names": list(self.generator.class_names),
             "only_digit": self.only_digit,
             "prediction_type": self.generator.prediction_type,
             "limits": {

@@ -6,12 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ldm_ray.config import MAX_SEED, SAMPLERS
+from serve.settings import SIDE
 
 MAX_IMAGES = 256
-SIDE = 28
 MAX_SCALE = 16
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-FILLERS = {"a", "an", "the", "digit", "number", "handwritten", "image", "picture", "of"}
 
 
 def whole(value: Any) -> Any:
@@ -53,9 +51,16 @@ class GenerationRequest(Sampling):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"prompt": "seven", "n": 4, "seed": 42}})
 
-    prompt: str | None = Field(None, max_length=1000, description='a digit: "7" or "seven"', examples=["seven"])
+    prompt: str | None = Field(
+        None,
+        max_length=1000,
+        description='a digit, "7" or "seven"; or the name of a class',
+        examples=["seven"],
+    )
     class_label: Label | list[Label | None] | None = Field(
-        None, description="a digit, one for each image, or null: unconditional; wins over prompt", examples=[7]
+        None,
+        description="a digit (or class number), one for each image, or null: unconditional; wins over prompt",
+        examples=[7],
     )
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES), Whole] = 1
     seed: Seed | None = Field(None, description="image i has seed + i [drawn, and returned]", examples=[42])
@@ -175,16 +180,3 @@ def scale_of(size: str) -> int:
     if width != height or width % SIDE or not 1 <= width // SIDE <= MAX_SCALE:
         raise ValueError(f"a size is 28x28 times a whole number up to {MAX_SCALE}: 28x28, 56x56, … 448x448")
     return width // SIDE
-
-
-def digit_of(prompt: str) -> int:
-    """The digit that a prompt names, as number or word. ValueError when there is none, or more than one."""
-    words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
-    found = [WORDS.index(word) if word in WORDS else int(word) for word in words if word in WORDS or is_digit(word)]
-    if len(words) != 1 or len(found) != 1:
-        raise ValueError('a prompt names one digit, such as "7" or "seven"')
-    return found[0]
-
-
-def is_digit(word: str) -> bool:
-    return len(word) == 1 and word in "0123456789"

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
+from ldm_ray.classes import class_in
 from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.errors import ConfigError
 from ldm_ray.slot_jobs import Job, Outcome
@@ -20,7 +21,7 @@ from serve.errors import ApiError, invalid
 from serve.library import Library, Served
 from serve.media import Made
 from serve.metrics import Metrics
-from serve.schemas import GenerationRequest, Sampling, digit_of
+from serve.schemas import GenerationRequest, Sampling
 from serve.settings import Settings
 
 CACHED = 4096  # permalink images
@@ -89,7 +90,7 @@ class Service:
             labels = given if isinstance(given, list) else [given] * request.n
         elif request.prompt is not None:
             try:
-                labels = [digit_of(request.prompt)] * request.n
+                labels = [class_in(request.prompt, served.generator.class_names)] * request.n
             except ValueError as error:
                 raise invalid("prompt", str(error)) from None
         else:

@@ -9,7 +9,9 @@ import click
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm_ray import config
-from ldm_ray.errors import ConfigError
+from ldm_ray.errors import CheckpointError, ConfigError
+
+SIDE = 28  # height and width of every image
 
 
 class Mistake(click.ClickException):
@@ -82,12 +84,20 @@ class Settings(BaseModel):
         )
 
 
+def check_size(path: Path, image_size: tuple[int, int]) -> None:
+    """CheckpointError unless a checkpoint makes images of the size that requests name."""
+    if image_size != (SIDE, SIDE):
+        height, width = image_size
+        raise CheckpointError(f"checkpoint {path} makes images of {height}x{width}; the service is of {SIDE}x{SIDE}")
+
+
 def check(ckpt: str, ae_ckpt: str | None, outdir: str) -> None:
     """Opens a checkpoint as a replica will. Mistake in one line when it cannot be used."""
     from ldm_ray.generator import Generator
 
     try:
         path = Path(ckpt)
-        Generator.open(path, "cpu", Path(ae_ckpt) if ae_ckpt else None, search=[path.parent, Path(outdir)])
+        made = Generator.open(path, "cpu", Path(ae_ckpt) if ae_ckpt else None, search=[path.parent, Path(outdir)])[0]
+        check_size(path, made.codec.image_size)
     except (ConfigError, ValueError) as error:
         raise Mistake(str(error)) from None

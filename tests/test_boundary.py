@@ -23,8 +23,11 @@ WITHOUT_RAY = [
     "slot_jobs",
     "slot_tiles",
     "evaluate",
+    "classes",
+    "explore",
+    "tsne",
 ]
-WITHOUT_RAY_FOLDERS = ["data", "dataset", "models", "diffusion", "training", "metrics"]
+WITHOUT_RAY_FOLDERS = ["data", "dataset", "models", "diffusion", "training", "metrics", "latents"]
 
 
 def modules() -> list[str]:

@@ -202,7 +202,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "plain bytes": (lambda folder: write(folder, image=[png(L)], label=[1]), "column 'image' is binary"),
     "text labels": (lambda folder: write(folder, image=column(png(L)), label=["one"]), "whole numbers"),
     "no label value": (lambda folder: write(folder, image=column(png(L), png(L)), label=[1, None]), "whole numbers"),
-    "label 10": (lambda folder: write(folder, image=column(png(L), png(L)), label=[0, 10]), "labels from 0 to 10"),
+    "label 4096": (
+        lambda folder: write(folder, image=column(png(L), png(L)), label=[0, 4096]),
+        "allowed are 0 to 4095",
+    ),
     "label -1": (lambda folder: write(folder, image=column(png(L)), label=[-1]), "labels from -1 to -1"),
     "RGB": (lambda folder: write(folder, image=column(png(L.convert("RGB"))), label=[1]), "image 0 .*mode RGB"),
     "no bytes": (lambda folder: write(folder, image=column(None), label=[1]), "image 0 .*it is empty"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -26,6 +27,7 @@ from ldm_ray.data.sources import load_source
 started = time.perf_counter()
 source = load_source(sys.argv[1], "train", Path(sys.argv[2]))
 print(source.name, source.revision, len(source), source.table["label"].to_pylist()[:5])
+print("|".join(source.class_names), source.image_size)
 """
 
 
@@ -33,6 +35,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Answers what the hub's client asks for one dataset, whose files lie in ``folder``."""
 
     folder: Path
+    name = "ylecun/mnist"
 
     def log_message(self, *_: Any) -> None: ...
 
@@ -52,17 +55,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
-        if re.fullmatch(rf"/api/datasets/ylecun/mnist(/revision/({SHA}|main))?", path):
+        if re.fullmatch(rf"/api/datasets/{self.name}(/revision/({SHA}|main))?", path):
             names = [{"rfilename": entry["path"]} for entry in self.entries()]
-            info = {"id": "ylecun/mnist", "sha": SHA, "private": False, "tags": [], "siblings": names, "downloads": 0}
+            info = {"id": self.name, "sha": SHA, "private": False, "tags": [], "siblings": names, "downloads": 0}
             self.reply(json.dumps(info).encode())
-        elif match := re.fullmatch(rf"/api/datasets/ylecun/mnist/tree/{SHA}(?:/(.+))?", path):
+        elif match := re.fullmatch(rf"/api/datasets/{self.name}/tree/{SHA}(?:/(.+))?", path):
             folder = {"type": "directory", "path": "mnist", "size": 0, "oid": "0" * 40}
             recursive = "recursive=true" in self.path.lower()
             inside = match[1] == "mnist"
             shown = self.entries() if inside or recursive else []
             self.reply(json.dumps(shown if inside else [folder, *shown]).encode())
-        elif (match := re.fullmatch(rf"/datasets/ylecun/mnist/resolve/{SHA}/mnist/(.+)", path)) and (
+        elif (match := re.fullmatch(rf"/datasets/{self.name}/resolve/{SHA}/mnist/(.+)", path)) and (
             file := self.folder / match[1]
         ).is_file():
             self.reply(file.read_bytes(), "application/octet-stream", ETag=f'"{oid(file)}"', X_Repo_Commit=SHA)
@@ -84,15 +87,23 @@ def oid(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def hub(digits_folder: Path) -> Iterator[str]:
+@contextmanager
+def serving(folder: Path, name: str = Hub.name) -> Iterator[str]:
     """The hub's address."""
-    handler = type("DigitsHub", (Hub,), {"folder": digits_folder})
+    handler = type("DigitsHub", (Hub,), {"folder": folder, "name": name})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def hub(digits_folder: Path) -> Iterator[str]:
+    with serving(digits_folder) as address:
+        yield address
 
 
 def load(name: str, cache: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
@@ -109,6 +120,19 @@ def test_hub_dataset_then_its_cache(hub: str, tmp_path: Path, digits_folder: Pat
         assert done.stdout.split()[:3] == ["ylecun/mnist", SHA, count], done.stderr
     away = load("ylecun/mnist", tmp_path, "http://127.0.0.1:9")
     assert away.stdout.split()[0::2][:2] == ["ylecun/mnist", count], away.stderr
+
+
+def test_another_dataset_with_the_names_of_its_classes(tmp_path: Path, digits_folder: Path) -> None:
+    folder, names = tmp_path / "files", [f"class {i}" for i in range(12)]
+    folder.mkdir()
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    for file in digits_folder.iterdir():
+        table = pq.read_table(file)
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, folder / file.name)
+    with serving(folder, "someone/garments") as address:
+        done = load("someone/garments", tmp_path / "cache", address)
+    assert done.stdout.splitlines()[-1] == f"{'|'.join(names)} (28, 28)", done.stderr
 
 
 def test_unknown_dataset_is_one_line(hub: str, tmp_path: Path) -> None:

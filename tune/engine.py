@@ -49,7 +49,7 @@ class Engine:
             "held": held.vectors.numpy(),
             "held_labels": held.labels.numpy(),
         }
-        self.autoencoder = embed(autoencoder)
+        self.autoencoder, self.class_names = embed(autoencoder), latents.source.class_names
         metric = ClassFrechet(held.vectors, held.labels)
         if metric.pooled:
             log.info("too few held-out images for each class: all classes are compared as one")
@@ -97,6 +97,7 @@ class Engine:
             samples=config.eval_samples,
             steps=config.eval_steps,
             stop=self.paths.stop,
+            class_names=self.class_names,
         )
         shared = {"setup": setup, "arrays": self.arrays, "autoencoder": self.autoencoder}
         trainable = tune.with_resources(tune.with_parameters(run_trial, **shared), needs)

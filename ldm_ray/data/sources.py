@@ -1,11 +1,14 @@
-"""From ``--dataset`` to a table of images: a hub id, a folder of Parquet files, or the embedded digits."""
+"""From ``--dataset`` to a table of images: a hub id, a folder of Parquet files or of PNGs, or the embedded digits."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import torch
 
+from ldm_ray.classes import MAX_CLASSES, numbered, usable_names
+from ldm_ray.data import image_folder
 from ldm_ray.data.digits import digits_table
 from ldm_ray.data.images import decode_png
 from ldm_ray.errors import DataError
 
 HUB_MNIST = "ylecun/mnist"
 HUB_TIMEOUT_S = 4.0
-NUM_CLASSES = 10
 log = logging.getLogger(__name__)
 
 
@@ -29,6 +33,7 @@ class ImageSource:
 
     table: ``image: struct<bytes, path>``, ``label: int64``, ``index: int64`` (position in the whole split).
     name: what was asked for, as resolved; revision: a hash of the content or the hub's commit.
+    class_names: from the dataset's metadata or its folders; without them the numbers up to the highest label.
     """
 
     table: pa.Table
@@ -37,18 +42,21 @@ class ImageSource:
     split: str
     only_digit: int | None
     image_size: tuple[int, int]
-    num_classes: int = NUM_CLASSES
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return self.table.num_rows
 
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
     def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All images (N, 1, H, W) uint8 and their labels (N,) int64, in this process. DataError names a bad image."""
         images = np.empty((len(self), 1, *self.image_size), dtype=np.uint8)
-        column, index = pc.struct_field(self.table["image"], "bytes"), self.table["index"]
-        for row, data in enumerate(column):
-            where = f"image {index[row]} of {self.name} ({self.split})"
-            images[row, 0] = decode_png(data.as_py(), self.image_size, where)
+        for row, (image, index) in enumerate(zip(self.table["image"], self.table["index"], strict=True)):
+            where = f"{place(image.as_py(), index.as_py())} of {self.name} ({self.split})"
+            images[row, 0] = decode_png(image.as_py()["bytes"], self.image_size, where)
         return torch.from_numpy(images), torch.from_numpy(self.table["label"].to_numpy().copy())
 
 
@@ -58,26 +66,43 @@ def load_source(dataset: str, split: str, cache_dir: Path, only_digit: int | Non
     Raises DataError: unreachable hub, empty folder, missing columns, labels out of range, no image of the
     digit, a first image of another mode.
     """
-    name, (table, revision) = resolve(dataset, split, cache_dir)
-    table = checked(table, f"{name} ({split})")
+    name, found = resolve(dataset, split, cache_dir)
+    table = checked(found.table, f"{name} ({split})", found.class_names)
+    highest = pc.max(table["label"]).as_py()
     table = table.append_column("index", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     if only_digit is not None:
         table = table.filter(pc.equal(table["label"], only_digit))
         if table.num_rows == 0:
             raise DataError(f"--only-digit {only_digit}: {name} ({split}) has no such image")
-    first = decode_png(table["image"][0].as_py()["bytes"], where=f"image {table['index'][0]} of {name} ({split})")
+    image = table["image"][0].as_py()
+    first = decode_png(image["bytes"], where=f"{place(image, table['index'][0].as_py())} of {name} ({split})")
     return ImageSource(
         table=table.combine_chunks(),
         name=name,
-        revision=revision,
+        revision=found.revision,
         split=split,
         only_digit=only_digit,
         image_size=(first.shape[0], first.shape[1]),
+        class_names=found.class_names or numbered(highest + 1),
     )
 
 
-def resolve(dataset: str, split: str, cache_dir: Path) -> tuple[str, tuple[pa.Table, str]]:
-    """(resolved name, (table, revision))."""
+def place(image: dict[str, Any], index: int) -> str:
+    """Which image it is, for a message."""
+    return f"image {index}" + (f" ({image['path']})" if image.get("path") else "")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split as it was found: columns not yet checked; class_names None where the metadata has no usable ones."""
+
+    table: pa.Table
+    revision: str
+    class_names: tuple[str, ...] | None
+
+
+def resolve(dataset: str, split: str, cache_dir: Path) -> tuple[str, Split]:
+    """(resolved name, split)."""
     if dataset == "digits":
         return "digits", embedded(split)
     if dataset == "auto":
@@ -96,23 +121,29 @@ def resolve(dataset: str, split: str, cache_dir: Path) -> tuple[str, tuple[pa.Ta
     if dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")):
         return dataset, from_hub(dataset, split, cache_dir)
     raise DataError(
-        f"--dataset {dataset} is no folder here; allowed are a folder of Parquet files, "
+        f"--dataset {dataset} is no folder here; allowed are a folder of Parquet files or of a folder for each class, "
         f"a hub id such as {HUB_MNIST}, 'digits' or 'auto'"
     )
 
 
-def embedded(split: str) -> tuple[pa.Table, str]:
+def embedded(split: str) -> Split:
     table = digits_table(split)
-    return table, content_hash(table)
+    return Split(table, content_hash(table), numbered(10))
 
 
-def from_folder(folder: Path, split: str) -> tuple[pa.Table, str]:
-    """Reads ``<split>-*.parquet`` (or ``<split>/*.parquet``), in the order of the names."""
+def from_folder(folder: Path, split: str) -> Split:
+    """Reads ``<split>-*.parquet`` (or ``<split>/*.parquet``), in the order of the names, or folders of classes."""
     if folder.is_file():
         raise DataError(f"--dataset {folder} is a file; needed is a folder with {split}-*.parquet in it")
     files = sorted({*folder.rglob(f"{split}-*.parquet"), *folder.rglob(f"{split}/*.parquet")})
+    if not files and image_folder.is_one(folder):
+        table, names = image_folder.read(folder, split)
+        return Split(table, content_hash(table), names)
     if not files:
-        raise DataError(f"--dataset {folder} has no Parquet file for the split {split!r} ({split}-*.parquet)")
+        raise DataError(
+            f"--dataset {folder} has no Parquet file for the split {split!r} ({split}-*.parquet), "
+            f"and no PNG in a folder for each class ({split}/CLASS/*.png)"
+        )
     try:
         table = pyarrow.dataset.dataset([str(file) for file in files]).to_table()
     except (pa.ArrowException, OSError) as error:
@@ -122,10 +153,19 @@ def from_folder(folder: Path, split: str) -> tuple[pa.Table, str]:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
-    return table, digest.hexdigest()
+    return Split(table, digest.hexdigest(), names_of(table))
 
 
-def from_hub(name: str, split: str, cache_dir: Path) -> tuple[pa.Table, str]:
+def names_of(table: pa.Table) -> tuple[str, ...] | None:
+    """The names of the ``ClassLabel`` that the schema's metadata ``huggingface`` describes."""
+    try:
+        info = json.loads((table.schema.metadata or {})[b"huggingface"])
+        return usable_names(info["info"]["features"]["label"]["names"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def from_hub(name: str, split: str, cache_dir: Path) -> Split:
     """Loads through ``datasets``; where the hub does not answer within seconds, from its cache alone."""
     import datasets
     import huggingface_hub
@@ -154,11 +194,12 @@ def from_hub(name: str, split: str, cache_dir: Path) -> tuple[pa.Table, str]:
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = offline
     table = loaded.with_format("arrow")[:]
-    return table, revision or content_hash(table)
+    names = usable_names(getattr(loaded.features.get("label"), "names", None))
+    return Split(table, revision or content_hash(table), names)
 
 
-def checked(table: pa.Table, where: str) -> pa.Table:
-    """The columns ``image`` and ``label`` in their types, or DataError."""
+def checked(table: pa.Table, where: str, class_names: Sequence[str] | None) -> pa.Table:
+    """The columns ``image`` and ``label`` in their types, every label with a name where there are names."""
     if table.num_rows == 0:
         raise DataError(f"{where} has no images")
     for column in ("image", "label"):
@@ -173,8 +214,10 @@ def checked(table: pa.Table, where: str) -> pa.Table:
     if not pa.types.is_integer(table.schema.field("label").type) or table["label"].null_count:
         raise DataError(f"{where}: column 'label' is {table.schema.field('label').type}; needed are whole numbers")
     low, high = (bound.as_py() for bound in pc.min_max(table["label"]).values())
-    if low < 0 or high >= NUM_CLASSES:
-        raise DataError(f"{where} has labels from {low} to {high}; allowed are 0 to {NUM_CLASSES - 1}")
+    most = len(class_names) if class_names else MAX_CLASSES
+    if low < 0 or high >= most:
+        named = f", since its metadata names {most} classes" if class_names else ""
+        raise DataError(f"{where} has labels from {low} to {high}; allowed are 0 to {most - 1}{named}")
     return pa.table({"image": table["image"], "label": table["label"].cast(pa.int64())})
 
 

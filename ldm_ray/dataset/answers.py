@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ from typing import IO, Any
 import torch
 
 from ldm_ray.checkpoint import DiffusionCheckpoint
+from ldm_ray.classes import class_of, numbered, told
 from ldm_ray.config import MAX_SEED, GenerateConfig, SamplingConfig
 from ldm_ray.data.images import encode_pngs
 from ldm_ray.dataset.shards import BATCH
@@ -28,7 +29,6 @@ from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import DEFAULT, Generator
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SAMPLING = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale")
 FIELDS = {"class_label", "prompt", "n", "seed", "seeds", "model", "response_format", *SAMPLING}
 MOST = 256  # images of a request
@@ -131,7 +131,7 @@ def read_wish(
     if body.get("response_format", "b64_json") != "b64_json":
         raise Refused("response_format is b64_json here", "response_format")
     count = whole(body.get("n", 1), "n", 1, MOST)
-    wish.labels = labels_of(body, count, generator.num_classes)
+    wish.labels = labels_of(body, count, generator.class_names)
     wish.seeds = seeds_of(body, count, wish.custom_id)
     try:
         chosen = {key: body[key] for key in SAMPLING if body.get(key) is not None}
@@ -141,20 +141,20 @@ def read_wish(
         raise Refused(str(error).replace("--", "")) from None
 
 
-def labels_of(body: dict[str, Any], count: int, num_classes: int) -> tuple[int | None, ...]:
+def labels_of(body: dict[str, Any], count: int, names: Sequence[str]) -> tuple[int | None, ...]:
     """class_label (a label, a list of n, or null: unconditional) wins over prompt ("7", "seven")."""
     if "class_label" in body:
         label = body["class_label"]
         if isinstance(label, list) and len(label) != count:
             raise Refused(f"class_label lists {len(label)} labels for n = {count}", "class_label")
         each = label if isinstance(label, list) else [label] * count
-        return tuple(None if one is None else whole(one, "class_label", 0, num_classes - 1) for one in each)
+        return tuple(None if one is None else whole(one, "class_label", 0, len(names) - 1) for one in each)
     prompt = body.get("prompt")
-    word = prompt.strip().lower() if isinstance(prompt, str) else ""
-    names = {str(i): i for i in range(num_classes)} | {w: i for i, w in enumerate(WORDS[:num_classes])}
-    if word not in names:
-        raise Refused(f'class_label or prompt names a digit, such as 7 or "seven"; given was {prompt!r:.60}', "prompt")
-    return (names[word],) * count
+    try:
+        return (class_of(prompt if isinstance(prompt, str) else "", names),) * count
+    except ConfigError:
+        classes = 'a digit, such as 7 or "seven"' if tuple(names) == numbered(10) else f"a class: {told(names)}"
+        raise Refused(f"class_label or prompt names {classes}; given was {prompt!r:.60}", "prompt") from None
 
 
 def seeds_of(body: dict[str, Any], count: int, custom_id: str) -> tuple[int, ...]:

@@ -76,10 +76,13 @@ class Labels:
     values: np.ndarray | None = None
 
     @classmethod
-    def parse(cls, text: str, num_classes: int, count: int, only: int | None = None) -> Labels:
-        """``balanced``, ``random``, ``7``, ``0-4,9`` or ``file:PATH`` with ``count`` labels.
+    def parse(
+        cls, text: str, num_classes: int, count: int, only: int | None = None, names: Sequence[str] = ()
+    ) -> Labels:
+        """``balanced``, ``random``, ``7``, ``0-4,9``, names of classes or ``file:PATH`` with ``count`` labels.
 
-        only: the one class that the checkpoint was trained on. ConfigError on labels that cannot be.
+        names: of all classes, to be used beside their numbers, which the rule keeps. only: the one class that the
+        checkpoint was trained on. ConfigError on labels that cannot be.
         """
         if text.startswith("file:"):
             values = read_labels(Path(text.removeprefix("file:")).expanduser(), num_classes, count)
@@ -91,7 +94,7 @@ class Labels:
             cycle = tuple(range(num_classes)) if only is None else (only,)
             return cls(text if only is None else str(only), num_classes, cycle)
         else:
-            cycle = parse_cycle(text, num_classes)
+            cycle = parse_cycle(text, num_classes, names)
             made, used = cls(",".join(map(str, cycle)), num_classes, cycle), set(cycle)
         if only is not None and used != {only}:
             raise ConfigError(f"the checkpoint was trained on digit {only} alone: --labels {text:.60} asks for others")
@@ -107,9 +110,12 @@ class Labels:
         return ((((words >> 32) & LOW) * self.num_classes) >> 32).numpy()
 
 
-def parse_cycle(text: str, num_classes: int) -> tuple[int, ...]:
+def parse_cycle(text: str, num_classes: int, names: Sequence[str] = ()) -> tuple[int, ...]:
     cycle: list[int] = []
-    for part in text.split(","):
+    for part in [text] if text in names else text.split(","):
+        if part.strip() in names:
+            cycle.append(list(names).index(part.strip()))
+            continue
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if not match:
             raise ConfigError(

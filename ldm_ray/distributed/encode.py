@@ -18,7 +18,7 @@ import ldm_ray
 from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_examples
 from ldm_ray.data.images import decode_png, to_float
-from ldm_ray.data.sources import ImageSource
+from ldm_ray.data.sources import ImageSource, place
 from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
@@ -42,7 +42,7 @@ class Encoder:
         data = batch["image"].to_pylist()
         index = batch["index"].to_pylist()
         images = np.stack(
-            [decode_png(row["bytes"], self.size, f"image {number}") for row, number in zip(data, index, strict=True)]
+            [decode_png(row["bytes"], self.size, place(row, number)) for row, number in zip(data, index, strict=True)]
         )
         if self.codec is None:
             name, vectors = "pixels", images.reshape(len(images), -1)
@@ -62,6 +62,12 @@ def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) 
         "only_digit": source.only_digit,
         "version": ldm_ray.__version__,
     }
+
+
+def record_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
+    """A checkpoint's ``data``: the identity of its examples, and what does not change them."""
+    shape = {"image_size": list(source.image_size), "class_names": list(source.class_names)}
+    return identity_of(source, autoencoder) | shape
 
 
 def encode(

@@ -13,14 +13,16 @@ from typing import Any
 
 from ldm_ray import checkpoint, runs
 from ldm_ray.checkpoint import AutoencoderCheckpoint
+from ldm_ray.classes import numbered
 from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig, cache_dir, outdir
 from ldm_ray.data.examples import read_examples
 from ldm_ray.data.images import write_bytes
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.distributed import fit
 from ldm_ray.distributed.cluster import connected, use_gpu
-from ldm_ray.distributed.encode import encode, identity_of
+from ldm_ray.distributed.encode import encode, record_of
 from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.models.registry import check_size
 from ldm_ray.runs import RunPaths
 from ldm_ray.training.fit import Job
 
@@ -88,7 +90,7 @@ def latents_of(config: TrainConfig, base: Path, found: AutoencoderCheckpoint | N
     gpu = use_gpu(config.device)
     source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
     if found is None:
-        kind = "conv" if gpu else "mlp"
+        kind = "conv" if gpu and not any(side % 2 for side in source.image_size) else "mlp"
         log.info("no autoencoder checkpoint found: training one first (%s)", kind)
         shared = ("dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
         settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
@@ -99,12 +101,21 @@ def latents_of(config: TrainConfig, base: Path, found: AutoencoderCheckpoint | N
         found = checkpoint.load_autoencoder(outcome.paths.latest)
     log.info("autoencoder: %s (type %s, %d numbers)", found.path, found.codec.kind, found.codec.latent_dim)
     if source.image_size != found.codec.image_size:
-        raise ConfigError(f"images are {source.image_size}, the autoencoder takes {found.codec.image_size}")
+        raise ConfigError(
+            f"images are {source.image_size}, the autoencoder {found.path} takes {found.codec.image_size}: name "
+            "another by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
+        )
+    trained_on = found.info.get("data", {}).get("revision")
+    if trained_on not in (None, source.revision):
+        log.warning(
+            "WARNING: the autoencoder was trained on other images than %s; --ae-ckpt names another", source.name
+        )
     folder = encode(source, found, base, config.encode_workers, config.device)
     return Latents(source, folder, found)
 
 
 def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: Path) -> Outcome:
+    check_size(config.model, source.image_size)
     paths, content = resumed(config, base)
     folder = encode(source, None, base, config.encode_workers, config.device)
     return _fit(config, source, folder, base, paths, content, None)
@@ -121,9 +132,11 @@ def _fit(
     test: ImageSource | None = None,
 ) -> Outcome:
     """Trains a new run, or goes on with the one of ``content``."""
-    data = identity_of(source, autoencoder)
+    data = record_of(source, autoencoder)
     if content is not None:
         assert paths is not None
+        if "class_names" not in content["data"]:  # a run of an earlier version, whose denoiser has ten classes
+            data["class_names"] = list(numbered(10))
         changed = [f"{key} {old} then, {data[key]} now" for key, old in content["data"].items() if data[key] != old]
         if changed:
             raise ConfigError(f"--auto-resume: {paths.name} was trained on other data ({'; '.join(changed)})")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from ray import tune
 
+from ldm_ray.classes import numbered
 from ldm_ray.config import TrainConfig
 from ldm_ray.training import trial
 from ldm_ray.training.trial import Diverged, TrialData
@@ -22,7 +23,7 @@ OBJECTIVE = "objective"
 @dataclass(frozen=True)
 class Setup:
     """What all trials of a search share. base: the settings that are not searched; stop: the file whose
-    existence ends the search; samples, steps: of the objective."""
+    existence ends the search; samples, steps: of the objective; class_names: of the images."""
 
     base: dict[str, Any]
     device: str
@@ -30,6 +31,7 @@ class Setup:
     samples: int
     steps: int
     stop: Path
+    class_names: tuple[str, ...] = numbered(10)
 
 
 def run_trial(config: dict[str, Any], setup: Setup, arrays: dict[str, np.ndarray], autoencoder: dict[str, Any]) -> None:
@@ -46,7 +48,7 @@ def run_trial(config: dict[str, Any], setup: Setup, arrays: dict[str, np.ndarray
         warnings.simplefilter("ignore")
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     train, device = TrainConfig(**{**setup.base, **config["settings"]}), torch.device(setup.device)
-    data = TrialData(**tensors, autoencoder=autoencoder)
+    data = TrialData(**tensors, autoencoder=autoencoder, class_names=setup.class_names)
     epoch = 0
     try:
         for metrics in trial.run(train, data, device, setup.samples, setup.steps, setup.stop.exists):

@@ -18,9 +18,10 @@ from ldm_ray.config import EvaluateConfig, SamplingConfig, cache_dir, outdir
 from ldm_ray.data.examples import fingerprint
 from ldm_ray.data.images import write_bytes
 from ldm_ray.data.sources import ImageSource, load_source
+from ldm_ray.errors import DataError
 from ldm_ray.generator import Generator
 from ldm_ray.metrics.floors import autoencoder_hash, floors
-from ldm_ray.metrics.lenet import SHA256, Classifiers
+from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.runs import floors_file
@@ -41,6 +42,9 @@ def evaluate(config: EvaluateConfig, generator: Generator, only_digit: int | Non
     sources = [load_source(config.dataset, s, cache_dir(config.cache_dir), only_digit) for s in ("train", "test")]
     log.info("reading %s: %d training and %d test images", sources[0].name, len(sources[0]), len(sources[1]))
     train, test = (source.decode() for source in sources)
+    for what, count in (("the checkpoint", generator.num_classes), *((s.name, s.num_classes) for s in sources)):
+        if count > NUM_CLASSES or (count < NUM_CLASSES and what == "the checkpoint"):
+            raise DataError(f"evaluate measures with classifiers of {NUM_CLASSES} digits; {what} has {count} classes")
     reference = Reference.of(test[0], train[0], classifiers)
 
     def measure_floors(codec: LatentCodec) -> dict[str, dict[str, Any]]:

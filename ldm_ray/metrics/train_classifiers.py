@@ -29,9 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(ClassifiersConfig, cli.Parser(prog=PROG, description=__doc__), argv)
     from ldm_ray.checkpoint import cpu, file_sha256, write
     from ldm_ray.data.sources import load_source
-    from ldm_ray.metrics.lenet import NETWORKS, weights_file
+    from ldm_ray.errors import DataError
+    from ldm_ray.metrics.lenet import NETWORKS, NUM_CLASSES, SIZE, weights_file
 
     train, test = (load_source(config.dataset, split, cache_dir(config.cache_dir)) for split in ("train", "test"))
+    if train.image_size != (SIZE, SIZE) or max(train.num_classes, test.num_classes) > NUM_CLASSES:
+        raise DataError(
+            f"{train.name} has {train.num_classes} classes of images of {train.image_size}; the classifiers are of "
+            f"{NUM_CLASSES} classes of {SIZE}x{SIZE}"
+        )
     (images, labels), (test_images, test_labels) = train.decode(), test.decode()
     print(f"{len(labels)} training and {len(test_labels)} test images of {train.name}")
     for name in NETWORKS:

@@ -1,25 +1,27 @@
-"""The autoencoders: 28×28 images to D numbers and back. State-dict names are a file format: keep them.
+"""The autoencoders: images to D numbers and back. State-dict names are a file format: keep them.
 
-Shapes: B batch, D latent.
+Shapes: B batch, D latent, H×W pixels; the sizes beside the Conv layers are those of 28×28 images.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_ray.models.registry import register
+from ldm_ray.models.registry import IMAGE_SIZE, register
 
-SIZE = 28
+Size = tuple[int, int]
 
 
 class MLPEncoder(nn.Module):
-    def __init__(self, latent_dim: int) -> None:
+    def __init__(self, latent_dim: int, size: Size) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(SIZE * SIZE, 512),
+            nn.Linear(math.prod(size), 512),
             nn.ReLU(),
             nn.Linear(512, 256),
             nn.ReLU(),
@@ -33,8 +35,9 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    def __init__(self, latent_dim: int) -> None:
+    def __init__(self, latent_dim: int, size: Size) -> None:
         super().__init__()
+        self.size = size
         self.core = nn.Sequential(
             nn.Linear(latent_dim, 128),
             nn.ReLU(),
@@ -42,15 +45,22 @@ class MLPDecoder(nn.Module):
             nn.ReLU(),
             nn.Linear(256, 512),
             nn.ReLU(),
-            nn.Linear(512, SIZE * SIZE),
+            nn.Linear(512, math.prod(size)),
         )
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.core(latents).view(-1, 1, SIZE, SIZE)
+        return self.core(latents).view(-1, 1, *self.size)
+
+
+def halved(size: Size, times: int) -> Size:
+    """The size after so many convolutions of stride 2."""
+    for _ in range(times):
+        size = (size[0] + 1) // 2, (size[1] + 1) // 2
+    return size
 
 
 class ConvEncoder(nn.Module):
-    def __init__(self, latent_dim: int) -> None:
+    def __init__(self, latent_dim: int, size: Size) -> None:
         super().__init__()
         self.conv = nn.Sequential(
             nn.Conv2d(1, 32, 3, stride=2, padding=1),
@@ -60,27 +70,30 @@ class ConvEncoder(nn.Module):
             nn.Conv2d(64, 128, 3, stride=2, padding=1),
             nn.ReLU(),
         )
-        self.fc = nn.Sequential(nn.Flatten(), nn.Linear(128 * 4 * 4, 128), nn.ReLU(), nn.Linear(128, latent_dim))
+        flat = 128 * math.prod(halved(size, 3))
+        self.fc = nn.Sequential(nn.Flatten(), nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, latent_dim))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.conv(images))  # (B, 1, 28, 28) → (B, 128, 4, 4) → (B, D)
 
 
 class ConvDecoder(nn.Module):
-    def __init__(self, latent_dim: int) -> None:
+    def __init__(self, latent_dim: int, size: Size) -> None:
         super().__init__()
-        self.fc = nn.Sequential(nn.Linear(latent_dim, 128), nn.ReLU(), nn.Linear(128, 128 * 4 * 4), nn.ReLU())
+        self.size14, self.size7, self.size4 = (halved(size, times) for times in (1, 2, 3))
+        flat = 128 * math.prod(self.size4)
+        self.fc = nn.Sequential(nn.Linear(latent_dim, 128), nn.ReLU(), nn.Linear(128, flat), nn.ReLU())
         self.conv4 = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())
         self.conv7 = nn.Sequential(nn.Conv2d(128, 64, 3, padding=1), nn.ReLU())
         self.conv14 = nn.Sequential(nn.Conv2d(64, 32, 3, padding=1), nn.ReLU())
         self.conv28 = nn.Conv2d(32, 1, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        h = self.fc(latents).view(-1, 128, 4, 4)  # (B, 128, 4, 4)
-        h = self.conv4(h)  #                        (B, 128, 4, 4)
-        h = self.conv7(F.interpolate(h, size=7))  # (B, 64, 7, 7), nearest
-        h = self.conv14(F.interpolate(h, size=14))  # (B, 32, 14, 14)
-        return conv_of_doubled(h, self.conv28)  #     (B, 1, 28, 28)
+        h = self.fc(latents).view(-1, 128, *self.size4)  #       (B, 128, 4, 4)
+        h = self.conv4(h)  #                                     (B, 128, 4, 4)
+        h = self.conv7(F.interpolate(h, size=self.size7))  #     (B, 64, 7, 7), nearest
+        h = self.conv14(F.interpolate(h, size=self.size14))  #   (B, 32, 14, 14)
+        return conv_of_doubled(h, self.conv28)  #                (B, 1, 28, 28)
 
 
 def conv_of_doubled(h: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -98,34 +111,37 @@ def conv_of_doubled(h: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 class Autoencoder(nn.Module):
-    """encoder: (B, 1, 28, 28) in [0, 1] → (B, D). decoder: (B, D) → (B, 1, 28, 28) logits."""
+    """encoder: (B, 1, H, W) in [0, 1] → (B, D). decoder: (B, D) → (B, 1, H, W) logits."""
 
     encoder: nn.Module
     decoder: nn.Module
-    image_size = (SIZE, SIZE)
 
-    def __init__(self, latent_dim: int = 16) -> None:
+    def __init__(self, latent_dim: int = 16, image_size: Size = IMAGE_SIZE) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
+        self.latent_dim, self.image_size = latent_dim, image_size
 
     def logits(self, images: Tensor) -> Tensor:
         """The reconstruction before its sigmoid: losses are stabler on it."""
         return self.decoder(self.encoder(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 1, 28, 28) in [0, 1] → its reconstruction in [0, 1]."""
+        """(B, 1, H, W) in [0, 1] → its reconstruction in [0, 1]."""
         return self.logits(images).sigmoid()
 
 
-@register("conv", latent_key="encoder.fc.3.weight")
+@register("conv", latent_key="encoder.fc.3.weight", size_multiple=2)
 class ConvAutoencoder(Autoencoder):
-    def __init__(self, latent_dim: int = 16) -> None:
-        super().__init__(latent_dim)
-        self.encoder, self.decoder = ConvEncoder(latent_dim), ConvDecoder(latent_dim)
+    """Images of even height and width: the decoder's last step doubles them."""
+
+    def __init__(self, latent_dim: int = 16, image_size: Size = IMAGE_SIZE) -> None:
+        super().__init__(latent_dim, image_size)
+        self.encoder, self.decoder = ConvEncoder(latent_dim, image_size), ConvDecoder(latent_dim, image_size)
 
 
-@register("mlp", latent_key="encoder.net.7.weight")
+@register("mlp", latent_key="encoder.net.7.weight", size_multiple=1)
 class MLPAutoencoder(Autoencoder):
-    def __init__(self, latent_dim: int = 16) -> None:
-        super().__init__(latent_dim)
-        self.encoder, self.decoder = MLPEncoder(latent_dim), MLPDecoder(latent_dim)
+    """Images of any size."""
+
+    def __init__(self, latent_dim: int = 16, image_size: Size = IMAGE_SIZE) -> None:
+        super().__init__(latent_dim, image_size)
+        self.encoder, self.decoder = MLPEncoder(latent_dim, image_size), MLPDecoder(latent_dim, image_size)

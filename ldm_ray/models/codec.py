@@ -75,10 +75,18 @@ class LatentCodec(nn.Module):
 
     @classmethod
     def from_state(
-        cls, kind: str, latent_dim: int, state: dict[str, Tensor], statistics: LatentStatistics | None = None
+        cls,
+        kind: str,
+        latent_dim: int,
+        state: dict[str, Tensor],
+        statistics: LatentStatistics | None = None,
+        image_size: tuple[int, int] = registry.IMAGE_SIZE,
     ) -> LatentCodec:
-        """Builds the registered type and loads the weights strictly."""
-        model = registry.build(kind, latent_dim)
+        """Builds the registered type and loads the weights strictly. RuntimeError when they do not fit."""
+        if image_size != registry.IMAGE_SIZE:
+            with torch.device("meta"):  # no memory is taken for a size that the weights do not have
+                registry.build(kind, latent_dim, image_size).load_state_dict(state, assign=True)
+        model = registry.build(kind, latent_dim, image_size)
         model.load_state_dict(state)
         return cls(model, kind, statistics)
 
@@ -98,8 +106,12 @@ class LatentCodec(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Whitened latents (B, D) → images (B, 1, H, W) float in [0, 1]."""
-        return self.model.decoder(latents @ self.colouring + self.mean).sigmoid()
+        return self.model.decoder(self.colour(latents)).sigmoid()
 
     def whiten(self, raw: Tensor) -> Tensor:
         """Raw latents (B, D) → whitened ones."""
         return (raw - self.mean) @ self.whitening
+
+    def colour(self, latents: Tensor) -> Tensor:
+        """Whitened latents (B, D) → raw ones."""
+        return latents @ self.colouring + self.mean

@@ -1,7 +1,8 @@
 """Which autoencoders there are, and which one a checkpoint holds.
 
 A new architecture is one class with ``@register(name, latent_key=…)`` above it, imported in
-``models/codec.py``. Discovery without ``--ae-ckpt`` tries them in the order of registration.
+``models/codec.py``; one that takes images of other sizes than 28×28 has ``image_size`` as a second argument and
+says so by ``size_multiple``. Discovery without ``--ae-ckpt`` tries them in the order of registration.
 """
 
 from __future__ import annotations
@@ -12,30 +13,35 @@ from typing import Any
 
 from torch import nn
 
-from ldm_ray.errors import CheckpointError
+from ldm_ray.errors import CheckpointError, ConfigError
 
 MAX_LATENT_DIM = 4096
+MAX_SIDE = 1024
+IMAGE_SIZE = (28, 28)  # of checkpoints that do not say
 
 
 @dataclass(frozen=True)
 class Entry:
-    """build(latent_dim) makes the network; latent_key is the encoder's last weight, (D, …)."""
+    """build(latent_dim[, image_size]) makes the network; latent_key is the encoder's last weight, (D, …).
+
+    size_multiple: height and width are multiples of it; 0: images of 28×28 alone."""
 
     name: str
-    build: Callable[[int], Any]
+    build: Callable[..., Any]
     latent_key: str
+    size_multiple: int
 
 
 REGISTRY: dict[str, Entry] = {}
 
 
-def register(name: str, *, latent_key: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def register(name: str, *, latent_key: str, size_multiple: int = 0) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Class decorator: makes an autoencoder known under a name."""
 
     def add(cls: type[nn.Module]) -> type[nn.Module]:
         if name in REGISTRY:
             raise ValueError(f"an autoencoder named {name!r} is registered already")
-        REGISTRY[name] = Entry(name, cls, latent_key)
+        REGISTRY[name] = Entry(name, cls, latent_key, size_multiple)
         return cls
 
     return add
@@ -67,8 +73,26 @@ def detect(state: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[str, int]
     return seen.name, latent_dim
 
 
-def build(name: str, latent_dim: int) -> Any:
-    """A fresh autoencoder of a registered type."""
+def build(name: str, latent_dim: int, image_size: tuple[int, int] = IMAGE_SIZE) -> Any:
+    """A fresh autoencoder of a registered type. CheckpointError: unknown type; ConfigError: ``check_size``."""
     if name not in REGISTRY:
         raise CheckpointError(f"autoencoder type {name!r} is unknown; registered are {', '.join(REGISTRY)}")
-    return REGISTRY[name].build(latent_dim)
+    if image_size == IMAGE_SIZE:
+        return REGISTRY[name].build(latent_dim)
+    check_size(name, image_size)
+    return REGISTRY[name].build(latent_dim, image_size)
+
+
+def check_size(name: str, image_size: tuple[int, int]) -> None:
+    """ConfigError unless a registered type takes images of this height and width."""
+    multiple, (height, width) = REGISTRY[name].size_multiple, image_size
+    if image_size == IMAGE_SIZE or (
+        multiple and max(image_size) <= MAX_SIDE and not height % multiple and not width % multiple
+    ):
+        return
+    known = f"height and width multiples of {multiple} up to {MAX_SIDE}" if multiple else "28x28 pixels"
+    others = [entry.name for entry in REGISTRY.values() if entry.size_multiple == 1 and entry.name != name]
+    hint = f", or take another type: {', '.join(others)}" if others and max(image_size) <= MAX_SIDE else ""
+    raise ConfigError(
+        f"images are {height}x{width}; the autoencoder type {name} takes {known}: resize them first{hint}"
+    )

@@ -56,7 +56,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
     # Adam's moments of weights without gradient (the border's) decay into denormal numbers, which halve a CPU's speed
     torch.set_flush_denormal(True)
     config, first = job.config, place.rank == 0
-    task = build_task(config, place.device, job.autoencoder)
+    task = build_task(config, place.device, job.autoencoder, job.data)
     examples = read_examples(job.examples)
     train_rows, val_rows = split(examples, config.val_fraction)
     mine = examples.take(train_rows[place.rank :: place.world])

@@ -50,9 +50,9 @@ class AutoencoderTask(Task):
     sigmoid saturates, which is how a squared error on the sigmoid's output lets the Conv one collapse to a
     constant picture; a warm-up keeps the first steps from killing ReLUs."""
 
-    def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
+    def __init__(self, config: AutoencoderConfig, image_size: tuple[int, int], device: torch.device) -> None:
         self.config = config
-        self.autoencoder = registry.build(config.model, config.latent_dim).to(device)
+        self.autoencoder = registry.build(config.model, config.latent_dim, image_size).to(device)
         if device.type == "cpu" and config.model == "conv":
             self.autoencoder.to(memory_format=torch.channels_last)
         self.model: nn.Module = Logits(self.autoencoder)
@@ -91,13 +91,15 @@ class Logits(nn.Module):
 class DenoiserTask(Task):
     """Whitened latents and labels in; noise, v or x0 out."""
 
-    def __init__(self, config: TrainConfig, autoencoder: AutoencoderCheckpoint, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, autoencoder: AutoencoderCheckpoint, num_classes: int, device: torch.device
+    ) -> None:
         self.config, self.autoencoder = config, autoencoder
         self.schedule = NoiseSchedule(
             config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule
         )
         self.noiser = Noiser(self.schedule, device)
-        self.denoiser = Denoiser(autoencoder.codec.latent_dim, config.hidden_dim).to(device)
+        self.denoiser = Denoiser(autoencoder.codec.latent_dim, config.hidden_dim, num_classes).to(device)
         self.model: nn.Module = self.denoiser
         self.device, self.ema_decay = device, config.ema_decay
 
@@ -120,15 +122,22 @@ class DenoiserTask(Task):
         make = Generator(ema, self.autoencoder.codec, self.schedule, self.device, self.config.prediction_type)
         count, digit = self.config.samples_per_epoch, self.config.only_digit
         seeds = [(self.config.seed + i) % (MAX_SEED + 1) for i in range(count)]
-        save_grid(make(seeds, [i % 10 if digit is None else digit for i in range(count)]), path)
+        save_grid(make(seeds, [i % make.num_classes if digit is None else digit for i in range(count)]), path)
 
 
-def build_task(config: RunConfig, device: torch.device, autoencoder: dict[str, Any] | None) -> Task:
-    """The task of a configuration; autoencoder is the embedded one of a denoiser."""
+def build_task(
+    config: RunConfig, device: torch.device, autoencoder: dict[str, Any] | None, data: dict[str, Any] | None = None
+) -> Task:
+    """The task of a configuration; autoencoder is the embedded one of a denoiser.
+
+    data: the run's record, whose ``image_size`` and ``class_names`` count; without it 28×28 and ten classes.
+    """
+    told = data or {}
     torch.manual_seed(config.seed)  # initial weights, the same on every worker
     if isinstance(config, AutoencoderConfig):
-        return AutoencoderTask(config, device)
+        height, width = told.get("image_size", registry.IMAGE_SIZE)
+        return AutoencoderTask(config, (height, width), device)
     assert isinstance(config, TrainConfig)
     found = checkpoint.from_embedded(autoencoder, Path("the autoencoder of this run"))
     assert found is not None
-    return DenoiserTask(config, found, device)
+    return DenoiserTask(config, found, len(told.get("class_names", range(10))), device)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_ray.classes import numbered
 from ldm_ray.config import TrainConfig
 from ldm_ray.diffusion.samplers import ddpm, sample
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
@@ -27,13 +28,15 @@ CHECK_EVERY = 20  # steps between looks for a stop request
 
 @dataclass(frozen=True)
 class TrialData:
-    """train and held (N, D) whitened float32 with labels (N,) int64; autoencoder: the embedded one."""
+    """train and held (N, D) whitened float32 with labels (N,) int64; autoencoder: the embedded one;
+    class_names: as many as there are classes."""
 
     train: Tensor
     train_labels: Tensor
     held: Tensor
     held_labels: Tensor
     autoencoder: dict[str, Any]
+    class_names: tuple[str, ...] = numbered(10)
 
 
 class Diverged(Exception):
@@ -54,7 +57,7 @@ def run(
     in every epoch of every trial. Ends early once ``stopped()``; raises Diverged, with the epoch.
     """
     torch.set_flush_denormal(True)  # as in fit.py
-    task = build_task(config, device, data.autoencoder)
+    task = build_task(config, device, data.autoencoder, {"class_names": data.class_names})
     assert isinstance(task, DenoiserTask)
     rows = len(data.train)
     fitter = Fitter(task, task.model, config, data.train, data.train_labels, rows, 0, 1, device)

@@ -1,0 +1,96 @@
+"""Shows a model's latent space as one picture: between images, along single numbers, over a plane.
+
+python -m ldm_ray.explore --ckpt latest.pt                                  each digit into the next
+python -m ldm_ray.explore --ckpt latest.pt --seeds 1,2,3 --digits 7         one seven into another
+python -m ldm_ray.explore --ckpt latest.pt --sheet traverse --digits 3      a row for each number of a latent
+python -m ldm_ray.explore --ckpt latest.pt --sheet plane --columns 20
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_ray import cli
+from ldm_ray.config import outdir
+from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.latents.config import ExploreConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm_ray.generator import Generator
+
+PROG = "python -m ldm_ray.explore"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = cli.parse_config(ExploreConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    output = cli.picture_path(config.output)
+    from ldm_ray import runs
+    from ldm_ray.data.images import save_grid
+    from ldm_ray.devices import pick_device
+    from ldm_ray.generator import Generator
+
+    base = outdir(config.outdir)
+    ckpt = Path(config.ckpt).expanduser() if config.ckpt else runs.newest_diffusion(base)
+    if ckpt is None:
+        raise ConfigError(f"no checkpoint under {base}: name one by --ckpt, or make one with python -m ldm_ray.train")
+    ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
+    device = pick_device(config.device)
+    generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
+    labels = labels_of(config, generator, info.get("only_digit"))
+    latents, rows = sheet(config, generator, labels)
+    told = {"checkpoint": generator.sha256, "fingerprint": generator.fingerprint, "sheet": config.sheet}
+    text = {key: str(value) for key, value in (told | config.sampling.to_dict()).items() if value is not None}
+    save_grid(generator.decode(latents.flatten(0, 1)), output, latents.shape[1], text | {"seeds": config.seeds})
+    for number, row in enumerate(rows):
+        print(f"row {number + 1:>3}  {row}")
+    print(f"{latents.shape[0]} rows of {latents.shape[1]} images from {ckpt} in {output}")
+    return 0
+
+
+def labels_of(config: ExploreConfig, generator: Generator, only: int | None) -> list[int | None]:
+    """The classes asked for. ConfigError: unknown; CheckpointError: not the one that the model was trained on."""
+    from ldm_ray.classes import classes_of
+
+    if config.digits is None:
+        found: list[int | None] = [only] if only is not None else list(range(generator.num_classes))
+        return found[:1] if config.sheet == "traverse" else found
+    if config.digits.strip().lower() == "none":
+        return [None]
+    labels: list[int | None] = [*classes_of(config.digits, generator.class_names)]
+    if only is not None and set(labels) != {only}:
+        raise CheckpointError(f"the model was trained on digit {only} alone, not on {config.digits}")
+    return labels
+
+
+def sheet(config: ExploreConfig, generator: Generator, labels: list[int | None]) -> tuple[Tensor, list[str]]:
+    """(whitened latents (R, S, D), what each row is)."""
+    from ldm_ray.latents import sheets
+
+    seeds, sampling = config.image_seeds(), config.sampling
+    ends = sheets.ends_of(seeds, labels)
+    names = [f"{name_of(label, generator)}, seed {seed}" for seed, label in ends]
+    if config.sheet == "interpolate":
+        latents = sheets.between(generator, ends, config.columns, config.method, sampling)
+        return latents, [f"{a} to {b}" for a, b in itertools.pairwise(names)]
+    if config.sheet == "plane":
+        if len(seeds) > 1:
+            raise ConfigError(f"--sheet plane takes one of --seeds, the first of those it goes by, not {config.seeds}")
+        latents = sheets.over_plane(generator, seeds[0], labels, config.columns, sampling)
+        return latents, []
+    if len(ends) > 1:
+        raise ConfigError("--sheet traverse starts from one image: name one of --seeds and one of --digits")
+    latents = sheets.along(generator, ends[0], config.columns, config.span, config.rows, sampling)
+    return latents, [f"{names[0]}: number {axis}" for axis in range(len(latents))]
+
+
+def name_of(label: int | None, generator: Generator) -> str:
+    return "none" if label is None else generator.class_names[label]
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

@@ -1,0 +1,1 @@
+"""Looking at a latent space: paths and planes through it, maps of it."""

@@ -1,0 +1,138 @@
+"""The latents that a map shows: of test images, and of images that a denoiser makes.
+
+Shapes: N points, D numbers of a latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_ray import runs
+from ldm_ray.checkpoint import AutoencoderCheckpoint, DiffusionCheckpoint, load_autoencoder, load_diffusion
+from ldm_ray.classes import numbered, told
+from ldm_ray.config import MAX_SEED, cache_dir, outdir
+from ldm_ray.data.sources import ImageSource, load_source
+from ldm_ray.devices import pick_device
+from ldm_ray.errors import ConfigError
+from ldm_ray.generator import Generator, load
+from ldm_ray.latents.config import TsneConfig
+from ldm_ray.metrics.floors import encode
+from ldm_ray.models.codec import LatentStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """images (N, 1, H, W) uint8, labels (N,) int64; numbers (N,): the position in the test split, or the seed."""
+
+    images: Tensor
+    labels: Tensor
+    numbers: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cloud:
+    """Raw latents (N, D) in the space of one autoencoder: of the test images, then of those made, if any."""
+
+    autoencoder: AutoencoderCheckpoint
+    latents: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clouds:
+    """What is shown in the space of one autoencoder, or of two."""
+
+    test: Shown
+    made: Shown | None
+    clouds: list[Cloud]
+    class_names: tuple[str, ...]
+    source: ImageSource
+    denoiser: DiffusionCheckpoint | None
+
+
+def gather(config: TsneConfig) -> Clouds:
+    """Reads, encodes and makes all of it. LdmError on what does not go together."""
+    device, base = pick_device(config.device), outdir(config.outdir)
+    given = [Path(path).expanduser() for path in config.ae_ckpt or ()]
+    denoiser = denoiser_of(config, given, base)
+    autoencoders = [load_autoencoder(path) for path in given] or [default_autoencoder(denoiser, base)]
+    source = load_source(config.dataset, "test", cache_dir(config.cache_dir))
+    for found in autoencoders:
+        if source.image_size != found.codec.image_size:
+            raise ConfigError(
+                f"{found.path} takes images of {found.codec.image_size}, those of {source.name} are {source.image_size}"
+            )
+    class_names = denoiser.class_names if denoiser else source.class_names
+    if denoiser and not same_classes(class_names, source.class_names):
+        raise ConfigError(
+            f"--ckpt {config.ckpt} makes other classes ({told(class_names)}) than {source.name} has "
+            f"({told(source.class_names)}): name the --dataset it was trained on"
+        )
+    test = drawn(source, config.samples, config.seed)
+    made, sampled = made_by(denoiser, len(test), config, device) if denoiser else (None, None)
+    clouds = []
+    for found in autoencoders:
+        codec = found.codec.with_statistics(LatentStatistics.identity(found.codec.latent_dim)).to(device)
+        latents = [encode(codec, test.images)]
+        if denoiser is not None and made is not None and sampled is not None:
+            assert denoiser.autoencoder is not None
+            own = denoiser.autoencoder.sha256 == found.sha256
+            latents.append(sampled if own else encode(codec, made.images))
+        clouds.append(Cloud(autoencoder=found, latents=torch.cat(latents)))
+    return Clouds(test=test, made=made, clouds=clouds, class_names=class_names, source=source, denoiser=denoiser)
+
+
+def same_classes(made: Sequence[str], real: Sequence[str]) -> bool:
+    """Whether classes can be the same: as many or fewer real ones, and where both have names, the same names."""
+    named = tuple(made) != numbered(len(made)) and tuple(real) != numbered(len(real))
+    return tuple(made) == tuple(real) if named else len(real) <= len(made)
+
+
+def denoiser_of(config: TsneConfig, given: list[Path], base: Path) -> DiffusionCheckpoint | None:
+    """The denoiser with an autoencoder: its own, else the first given, else one that is found."""
+    if config.ckpt is None:
+        return None
+    path = Path(config.ckpt).expanduser()
+    carried = load_diffusion(path).autoencoder is not None
+    return load(path, None if carried or not given else given[0], search=[path.parent, base])
+
+
+def default_autoencoder(denoiser: DiffusionCheckpoint | None, base: Path) -> AutoencoderCheckpoint:
+    found = denoiser.autoencoder if denoiser else runs.find_autoencoder(base)
+    if found is None:
+        raise ConfigError(
+            f"no autoencoder under {base}: name one by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
+        )
+    return found
+
+
+def drawn(source: ImageSource, count: int, seed: int) -> Shown:
+    """``count`` images of a source that follow from the seed, all where there are fewer, in their order."""
+    rows = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    table = source.table.take(rows.numpy())
+    images, labels = dataclasses.replace(source, table=table).decode()
+    return Shown(images=images, labels=labels, numbers=torch.from_numpy(table["index"].to_numpy().copy()))
+
+
+def made_by(
+    denoiser: DiffusionCheckpoint, count: int, config: TsneConfig, device: torch.device
+) -> tuple[Shown, Tensor]:
+    """(images, their raw latents (N, D)) of every class in turn."""
+    if config.seed + count - 1 > MAX_SEED:
+        raise ConfigError(f"--seed {config.seed} with {count} images goes beyond the last seed, {MAX_SEED}")
+    generator, only = Generator.of(denoiser, device), denoiser.info.get("args", {}).get("only_digit")
+    seeds = range(config.seed, config.seed + count)
+    labels = [i % generator.num_classes if only is None else only for i in range(count)]
+    whitened = generator.latents(seeds, labels, config.sampling)
+    shown = Shown(
+        images=generator.decode(whitened), labels=torch.tensor(labels), numbers=torch.tensor(seeds, dtype=torch.int64)
+    )
+    return shown, generator.codec.colour(whitened).cpu()
