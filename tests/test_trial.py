@@ -80,7 +80,7 @@ def test_the_objective_of_the_exact_denoiser_is_near_zero(schedule: NoiseSchedul
 
         def __init__(self, denoise: Any) -> None:
             self.schedule, self.denoiser, self.device = schedule, self, torch.device("cpu")
-            self.latent_dim, self.averaged, self.config = 3, denoise, TrainConfig()
+            self.latent_dim, self.averaged, self.config = 3, denoise, TrainConfig(prediction_type="epsilon")
 
     def score(denoise: Any, steps: int) -> float:
         stand: Any = Stand(denoise)

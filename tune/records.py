@@ -141,7 +141,7 @@ class Records:
 
 def best_config(config: TrainConfig, searched: dict[str, Any]) -> dict[str, Any]:
     """What ``ldm_ray.train --config`` takes: the searched settings, and the others that are not the default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    defaults = TrainConfig().to_dict()
     kept = {name: value for name, value in config.to_dict().items() if value != defaults[name] or name in searched}
     return kept | {"epochs": config.epochs}
 

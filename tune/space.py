@@ -16,6 +16,7 @@ from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, check_value, flag_of, kind_of, option
 
 TRAIN = {field.name: field for field in dataclasses.fields(TrainConfig)}
+DEFAULTS = TrainConfig()
 SEARCHED = (
     "lr",
     "beta_start",
@@ -41,7 +42,7 @@ def values_of(name: str, default: str | None) -> Any:
     shape = "a list with commas" if kind_of(TRAIN[name]) is str else "LOW:HIGH, or a list with commas"
     text = f"values to try: {shape} ({TRAIN[name].metadata['help']})"
     if default is None:
-        text += f" [{TRAIN[name].default}, not searched]"
+        text += f" [{getattr(DEFAULTS, name)}, not searched]"
     return option(default, text, kind=str)
 
 
@@ -93,7 +94,7 @@ class SearchConfig(Config):
     )
     resume: bool = option(False, "go on with the search --name, or the newest of these settings", resume="free")
     train_best: bool = option(False, "train the best configuration afterwards", resume="free")
-    train_epochs: int = option(20, "epochs in best_config.json", low=1, resume="free")
+    train_epochs: int = option(DEFAULTS.epochs, "epochs in best_config.json", low=1, resume="free")
     seed: int = same("seed")
     device: str | None = same("device")
     only_digit: int | None = same("only_digit")
@@ -230,6 +231,7 @@ def default_of(space: dict[str, Values]) -> dict[str, Any] | None:
     """The defaults of ``ldm_ray.train`` as a point of the space, where they are in it: the first trial. A setting
     with a single value has that."""
     point = {
-        name: values.choices[0] if len(values.choices) == 1 else TRAIN[name].default for name, values in space.items()
+        name: values.choices[0] if len(values.choices) == 1 else getattr(DEFAULTS, name)
+        for name, values in space.items()
     }
     return point if all(values.holds(point[name]) for name, values in space.items()) else None
