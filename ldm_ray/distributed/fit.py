@@ -24,6 +24,7 @@ from ldm_ray.training.fit import Job, Place, fit
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 WATCH_S = 0.2
+GROW_S = 15.0  # how often --num-workers MIN-MAX looks for room to grow; growing restarts from the last checkpoint
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -55,6 +56,7 @@ def run(job: Job) -> int:
         train_loop_config={"job": job, "threads": threads, "mps": config.device == "mps"},
         scaling_config=ScalingConfig(
             num_workers=high if low == high else (low, high),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=GROW_S,
             use_gpu=gpu,
             resources_per_worker={"GPU": 1} if gpu else {"CPU": threads},
         ),
