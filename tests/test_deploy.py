@@ -113,12 +113,22 @@ def test_ray_is_not_open_to_the_world_and_reports_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLOUDS)
+def test_commands_are_told_what_the_cluster_can_have(name: str) -> None:
+    cluster = read(name)
+    worker = cluster["available_node_types"]["gpu_worker"]
+    most = {kind: worker["max_workers"] * worker["resources"][kind] for kind in ("CPU", "GPU")}
+    assert f"-e LDM_RAY_CPUS={most['CPU']} -e LDM_RAY_GPUS={most['GPU']}" in cluster["docker"]["run_options"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
 def test_the_shared_folder_is_in_every_container(name: str) -> None:
     cluster = read(name)
     options = cluster["docker"]["run_options"]
     assert "-v /shared:/shared" in options and "-e SCRATCH=/shared" in options
     assert any("exportfs" in line for line in cluster["initialization_commands"])
-    assert any(":/shared /shared" in c for c in cluster["available_node_types"]["gpu_worker"]["initialization_commands"])
+    assert any(
+        ":/shared /shared" in c for c in cluster["available_node_types"]["gpu_worker"]["initialization_commands"]
+    )
 
 
 # --- KubeRay ---
@@ -156,6 +166,8 @@ def test_the_cluster_is_closed_scales_from_zero_and_shares_a_folder() -> None:
     head, [worker] = spec["headGroupSpec"], spec["workerGroupSpecs"]
     assert head["rayStartParams"]["num-cpus"] == "0" and head["serviceType"] == "ClusterIP"
     assert worker["minReplicas"] == worker["replicas"] == 0 < worker["maxReplicas"]
+    env = {entry["name"]: entry.get("value") for entry in head["template"]["spec"]["containers"][0]["env"]}
+    assert env["LDM_RAY_CPUS"] == str(4 * worker["maxReplicas"]) and env["LDM_RAY_GPUS"] == str(worker["maxReplicas"])
     claims = set()
     for group in (head, worker):
         pod = group["template"]["spec"]

@@ -1,0 +1,158 @@
+"""What is lost when machines go: clusters of several Ray nodes on this machine, and real commands on them.
+
+A killed worker, a killed command and a full disk of ``generate`` are in test_pipeline.py, test_generate.py and
+test_dataset.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+TRAIN = ["--batch-size", "8", "--lr", "1e-3", "--T", "50", "--device", "cpu", "--hidden-dim", "32"]
+RUN = "latent-diffusion-*"
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head of one CPU, and a node of one CPU."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        made.add_node(num_cpus=1)
+        yield made
+    finally:
+        made.shutdown()
+
+
+def start(address: str, *arguments: object) -> subprocess.Popen[str]:
+    environment = os.environ | {"RAY_ADDRESS": address, "RAY_raylet_start_wait_time_s": "120"}  # machines may be busy
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+    return found
+
+
+def epochs(out: Path) -> list[dict[str, Any]]:
+    """The recorded epochs of the only run."""
+    for file in out.glob(f"runs/{RUN}/metrics.jsonl"):
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    return []
+
+
+def titled(process: psutil.Process, title: str) -> list[psutil.Process]:
+    """The Ray workers below a process whose title holds the text."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if title in " ".join(child.cmdline()[:1]):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_lost_node_shrinks_training_and_a_new_one_grows_it(
+    cluster: Cluster, digits_folder: Path, ae_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, "--outdir", tmp_path, *TRAIN, "--epochs", 5000]
+    process = start(cluster.address, "-m", "ldm_ray.train", *flags, "--num-workers", "1-2")
+    wait_for(lambda: [e for e in epochs(tmp_path) if e["workers"] == 2][2:], process)
+    [node] = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
+    before = len(epochs(tmp_path))
+    wait_for(lambda: [e for e in epochs(tmp_path)[before - 1 :] if e["workers"] == 1][2:], process)
+    cluster.add_node(num_cpus=1)
+    wait_for(lambda: [e for e in epochs(tmp_path)[before + 1 :] if e["workers"] == 2][2:], process)
+    process.terminate()
+    finish(process, 128 + 15)
+    done = [epoch["epoch"] for epoch in epochs(tmp_path)]
+    assert done == list(range(1, len(done) + 1))  # none lost, none twice
+
+
+ENCODE = """
+import sys
+from pathlib import Path
+from ldm_ray.checkpoint import load_autoencoder
+from ldm_ray.data.sources import load_source
+from ldm_ray.distributed.cluster import connected
+from ldm_ray.distributed.encode import encode
+source, autoencoder = load_source("digits", "train", Path(sys.argv[2]), 7), load_autoencoder(Path(sys.argv[1]))
+with connected():
+    for name in ("whole", "killed"):
+        encode(source, autoencoder, Path(sys.argv[2]) / name)
+"""
+
+
+def test_a_killed_encoder_changes_no_latent(ae_file: Path, tmp_path: Path) -> None:
+    process = start("local", "-c", ENCODE, ae_file, tmp_path)
+    wait_for(lambda: list(tmp_path.glob("whole/latents/*/manifest.json")), process)
+    before = {worker.pid for worker in titled(psutil.Process(process.pid), "MapBatches(Encoder)")}
+
+    def new() -> list[psutil.Process]:
+        found = titled(psutil.Process(process.pid), "MapBatches(Encoder)")
+        return [worker for worker in found if worker.pid not in before]
+
+    wait_for(new, process)[0].kill()
+    finish(process)
+    tables = [pq.read_table(next(tmp_path.glob(f"{name}/latents/*/*.parquet"))) for name in ("whole", "killed")]
+    assert tables[0].num_rows > 2048 and tables[0].equals(tables[1])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"needs to mount a small disk: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
+def fill(folder: Path) -> Path:
+    """Takes all space that is left."""
+    path = folder / "filler"
+    with path.open("wb", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(bytes(4096))
+        except OSError:
+            return path
+
+
+def test_training_goes_on_after_a_disk_was_full(digits_folder: Path, ae_file: Path, small_disk: Path) -> None:
+    flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, *TRAIN, "--epochs", 40, "--checkpoint-every", 5]
+    process = start("local", "-m", "ldm_ray.train", *flags, "--max-failures", 20, "--outdir", small_disk)
+    wait_for(lambda: len(epochs(small_disk)) >= 7, process)
+    first = titled(psutil.Process(process.pid), "TrainWorker")[0]
+    filler = fill(small_disk)
+    wait_for(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, process)
+    filler.unlink()
+    finish(process)
+    assert torch.load(next(small_disk.glob(f"checkpoints/{RUN}/latest.pt")), weights_only=True)["epoch"] == 40
+    assert [epoch["epoch"] for epoch in epochs(small_disk)] == list(range(1, 41))
