@@ -6,11 +6,15 @@ test_dataset.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,20 +24,32 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ray.cluster_utils import Cluster
+from served import free_port, write_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ["--batch-size", "8", "--lr", "1e-3", "--T", "50", "--device", "cpu", "--hidden-dim", "32"]
 RUN = "latent-diffusion-*"
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head of one CPU, and a node of one CPU."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         made.add_node(num_cpus=1)
         yield made
     finally:
         made.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """Commands that a failed test leaves are ended, with the Ray that they started."""
+    yield
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 def start(address: str, *arguments: object) -> subprocess.Popen[str]:
@@ -127,7 +143,7 @@ def test_a_killed_encoder_changes_no_latent(ae_file: Path, tmp_path: Path) -> No
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", folder], capture_output=True)
     if done.returncode:
         pytest.skip(f"needs to mount a small disk: {done.stderr.decode().strip()}")
     yield folder
@@ -138,11 +154,11 @@ def fill(folder: Path) -> Path:
     """Takes all space that is left."""
     path = folder / "filler"
     with path.open("wb", buffering=0) as stream:
-        try:
-            while True:
-                stream.write(bytes(4096))
-        except OSError:
-            return path
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    stream.write(bytes(size))
+    return path
 
 
 def test_training_goes_on_after_a_disk_was_full(digits_folder: Path, ae_file: Path, small_disk: Path) -> None:
@@ -156,3 +172,62 @@ def test_training_goes_on_after_a_disk_was_full(digits_folder: Path, ae_file: Pa
     finish(process)
     assert torch.load(next(small_disk.glob(f"checkpoints/{RUN}/latest.pt")), weights_only=True)["epoch"] == 40
     assert [epoch["epoch"] for epoch in epochs(small_disk)] == list(range(1, 41))
+
+
+class Clients:
+    """Several clients that ask for the same images again and again; ``answers``: (status, body) as they come."""
+
+    def __init__(self, port: int, count: int = 4) -> None:
+        self.url, self.answers, self.stop = f"http://127.0.0.1:{port}", [], threading.Event()  # type: ignore[var-annotated]
+        self.threads = [threading.Thread(target=self.run, daemon=True) for _ in range(count)]
+
+    def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        told = {"content-type": "application/json", "accept": "application/x-npy"}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, told), timeout=60) as found:
+                return found.status, found.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+        except OSError as error:
+            return 0, str(error).encode()
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            self.answers.append(self.ask("/v1/images/generations", b'{"prompt": "seven", "n": 4, "seed": 9}'))
+
+    def good_in_a_row(self, count: int) -> bool:
+        latest = self.answers[-count:]
+        return len(latest) == count and all(status == 200 for status, _ in latest)
+
+
+def test_a_replica_lost_with_its_node_costs_what_was_in_it(cluster: Cluster, ae_file: Path, tmp_path: Path) -> None:
+    ckpt = tmp_path / "latest.pt"
+    write_checkpoint(ckpt, ae_file)
+    config, clients = tmp_path / "serve.json", Clients(free_port())
+    arguments = {"ckpt": str(ckpt), "outdir": str(tmp_path), "replicas": "2", "threads": 1}
+    application = {"name": "images", "route_prefix": "/", "import_path": "serve.app:deployment", "args": arguments}
+    http = {"host": "127.0.0.1", "port": int(clients.url.rpartition(":")[2])}
+    settings = {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
+    config.write_text(json.dumps(settings))
+    process = start(cluster.address, "-m", "ray.serve.scripts", "run", config)
+    [node] = cluster.worker_nodes
+    wait_for(lambda: clients.ask("/ready")[0] == 200, process)
+    wait_for(lambda: len(titled(psutil.Process(), "ServeReplica:images")) == 2, process)
+    for thread in clients.threads:
+        thread.start()
+    wait_for(lambda: clients.good_in_a_row(20), process)
+    before = len(clients.answers)
+    cluster.remove_node(node, allow_graceful=False)
+    wait_for(lambda: len(clients.answers) > before + 40 and clients.good_in_a_row(40), process)
+    cluster.add_node(num_cpus=1)
+    wait_for(lambda: len(titled(psutil.Process(), "ServeReplica:images")) == 2, process)
+    wait_for(lambda: clients.good_in_a_row(40), process)
+    clients.stop.set()
+    for thread in clients.threads:
+        thread.join(60)
+    lost = [answer for answer in clients.answers if answer[0] != 200]
+    assert len({body for status, body in clients.answers if status == 200}) == 1
+    assert {status for status, _ in lost} <= {500, 503} and len(lost) <= 2 * len(clients.threads), lost
+    print(f"lost {len(lost)} of {len(clients.answers)} requests: {sorted(status for status, _ in lost)}")
+    process.send_signal(2)
+    process.communicate(timeout=120)

@@ -83,9 +83,9 @@ def hosts() -> Iterator[Hosts]:
             for device in ("lo", "eth0"):
                 sh("ip", "-n", name, "link", "set", device, "up")
             sh("ip", "-n", name, "route", "add", "default", "via", f"{NET}.1")  # by it Ray finds its own address
-            running.append(
-                subprocess.Popen(["ip", "netns", "exec", name, "unshare", "-m", "sh", "-c", boot(base, name)])
-            )
+            # processes of its own too, for `ray stop` ends whatever Ray it sees
+            spaces = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            running.append(subprocess.Popen(["ip", "netns", "exec", name, *spaces, "sh", "-c", boot(base, name)]))
         for address in HOSTS.values():
             wait_for_ssh(base, address)
         yield Hosts(base)
@@ -110,8 +110,11 @@ def boot(base: Path, name: str) -> str:
     fields = [[*f[:5], str(own / "home"), "/bin/bash"] if f[0] == "root" else f for f in fields]
     (own / "passwd").write_text("".join(":".join(f) + "\n" for f in fields))
     (own / "tmp").chmod(0o1777)
+    # a host's name stands for its address, or the workers' collectives (gloo) do not find each other
+    (own / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in HOSTS.items()))
     options = f"-o HostKey={base}/hostkey -o AuthorizedKeysFile={base}/key.pub -o StrictModes=no -o UsePAM=no"
     return (
+        f"hostname {name} && mount --bind {own}/hosts /etc/hosts && "
         f"mount --bind {own}/passwd /etc/passwd && mount --bind {own}/tmp /tmp && "
         f"exec {path_of('sshd')} -D -f /dev/null -o PidFile=none {options}"
     )
@@ -171,6 +174,7 @@ python -m ldm_ray.train --dataset BASE/shared/digits --ae-ckpt BASE/shared/ae.pt
 python -m ldm_ray.generate --seeds 0-99 --shard-size 25 --outdir BASE/shared/set --device cpu \
     --ckpt BASE/shared/checkpoints/latent-diffusion-*/latest.pt
 serve run serve.app:deployment device=cpu replicas=2 token=secret >BASE/shared/serve.log 2>&1 &
+serve=$!
 python - <<'PYTHON'
 import time, urllib.error, urllib.request
 def ask(path, token=None):
@@ -191,7 +195,7 @@ try:
 except urllib.error.HTTPError as error:
     print("WITHOUT TOKEN", error.code)
 PYTHON
-kill -INT %1; wait || true
+kill "$serve"
 echo DONE
 """
 
@@ -209,7 +213,8 @@ def test_up_train_generate_serve_down(hosts: Hosts, digits_folder: Path, ae_file
         done = subprocess.run(
             [ray, *words], capture_output=True, text=True, timeout=timeout, cwd=ROOT, stdin=subprocess.DEVNULL
         )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        errors = [file.read_text()[-3000:] for file in base.glob("shared/runs/*/error.txt")]
+        assert done.returncode == 0, "\n".join([done.stdout[-4000:], done.stderr[-2000:], *errors])
         return done.stdout
 
     call("up", "-y", "--no-config-cache", str(file))
