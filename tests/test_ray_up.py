@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -36,7 +37,8 @@ def path_of(program: str) -> str | None:
 
 
 def remove_network() -> None:
-    for name in HOSTS:
+    for number, name in enumerate(HOSTS, 1):
+        sh("ip", "link", "del", f"ldm-v{number}", ok=False)
         sh("ip", "netns", "del", name, ok=False)
     sh("ip", "link", "del", BRIDGE, ok=False)
 
@@ -51,8 +53,8 @@ class Hosts:
         """Command lines in a host."""
         found = []
         for pid in sh("ip", "netns", "pids", name).split():
-            with Path(f"/proc/{pid}/cmdline").open("rb") as stream:
-                found.append(stream.read().replace(b"\0", b" ").decode())
+            with contextlib.suppress(OSError):
+                found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
         return found
 
 
@@ -143,22 +145,17 @@ def config_of(base: Path) -> dict[str, Any]:
     mounts = config["file_mounts"]
     mounts |= {remote: str(ROOT / local) for remote, local in mounts.items()}
     mounts["~/.ray/auth_token"] = str(base / "token")
-    config["setup_commands"] = [f"cd ~/ldm_ray && ln -sfn {Path(sys.prefix)} .venv"]
+    environment = config["setup_commands"][-1].replace("SCRATCH=/shared", f"SCRATCH={base}/shared")
+    config["setup_commands"] = [f"cd ~/ldm_ray && ln -sfn {Path(sys.prefix)} .venv", environment]
     for which in ("head_start_ray_commands", "worker_start_ray_commands"):
-        config[which] = [
-            # what the editable install does; and two CPUs each, so that two workers of two threads need both hosts
-            line.replace("RAY_AUTH_MODE=token", "PYTHONPATH=~/ldm_ray RAY_AUTH_MODE=token").replace(
-                "ray start", "ray start --num-cpus=2"
-            )
-            for line in config[which]
-        ]
+        # two CPUs each, so that two workers of two threads need both hosts
+        config[which] = [line.replace("ray start", "ray start --num-cpus=2") for line in config[which]]
     return config
 
 
 STEPS = """
 set -euo pipefail
 cd ~/ldm_ray
-export PATH=$PWD/.venv/bin:$PATH RAY_AUTH_MODE=token RAY_ADDRESS=auto SCRATCH=BASE/shared
 python - <<'PYTHON'
 import time, ray
 ray.init(logging_level="ERROR")
@@ -230,4 +227,9 @@ def test_up_train_generate_serve_down(hosts: Hosts, digits_folder: Path, ae_file
             assert any("raylet" in line for line in hosts.processes(name))
     finally:
         call("down", "-y", str(file))
-    assert not [line for name in HOSTS for line in hosts.processes(name) if "raylet" in line or "gcs_server" in line]
+    for _ in range(120):  # the workers end when they have missed the head for a minute
+        left = [line for name in HOSTS for line in hosts.processes(name) if "raylet" in line or "gcs_server" in line]
+        if not left:
+            break
+        time.sleep(1)
+    assert not left
