@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.util import get_node_ip_address
 from served import free_port
 
 from ldm_ray.config import outdir
@@ -49,7 +50,7 @@ class Head:
     """``ray start --head`` with a token, in a folder of its own; ``command`` runs a program that has the token."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.address = folder, f"127.0.0.1:{free_port()}"
+        self.folder, self.address = folder, f"{get_node_ip_address()}:{free_port()}"
         self.environment = os.environ | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -66,7 +67,7 @@ class Head:
         command = [RAY, "start", "--head", "--block", "--num-cpus=0", *ports, f"--autoscaling-config={config}"]
         with (self.folder / "head.log").open("wb") as log:
             return subprocess.Popen(
-                [*command, "--node-ip-address=127.0.0.1", "--disable-usage-stats", f"--temp-dir={self.folder}"],
+                [*command, "--disable-usage-stats", f"--temp-dir={self.folder}"],
                 env=self.environment | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
                 stdout=log,
                 stderr=log,

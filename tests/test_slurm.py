@@ -100,6 +100,10 @@ def slurm() -> Iterator[Slurm]:
         yield made
     finally:
         subprocess.run(["scancel", "--user=root"], env=made.environment, capture_output=True)
+        for _ in range(60):  # until the jobs' processes are gone
+            if not subprocess.run(["squeue", "-h"], env=made.environment, capture_output=True).stdout:
+                break
+            time.sleep(1)
         for process in reversed(running):
             process.terminate()
         for process in running:
