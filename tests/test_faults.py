@@ -71,12 +71,12 @@ def start(address: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=500)[0]
     assert process.returncode == code, output
     return output
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> Any:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 400) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert process.poll() is None, process.communicate()[0]
@@ -154,7 +154,7 @@ def test_a_killed_encoder_changes_no_latent(ae_file: Path, tmp_path: Path) -> No
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", folder], capture_output=True)
     if done.returncode:
         pytest.skip(f"needs to mount a small disk: {done.stderr.decode().strip()}")
     yield folder
@@ -173,16 +173,16 @@ def fill(folder: Path) -> Path:
 
 
 def test_training_goes_on_after_a_disk_was_full(digits_folder: Path, ae_file: Path, small_disk: Path) -> None:
-    flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, *TRAIN, "--epochs", 40, "--checkpoint-every", 5]
+    flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, *TRAIN, "--epochs", 20, "--checkpoint-every", 5]
     process = start("local", "-m", "ldm_ray.train", *flags, "--max-failures", 20, "--outdir", small_disk)
-    wait_for(lambda: len(epochs(small_disk)) >= 7, process)
+    wait_for(lambda: len(epochs(small_disk)) >= 2, process)
     first = titled(psutil.Process(process.pid), "TrainWorker")[0]
     filler = fill(small_disk)
     wait_for(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, process)
     filler.unlink()
     finish(process)
-    assert torch.load(next(small_disk.glob(f"checkpoints/{RUN}/latest.pt")), weights_only=True)["epoch"] == 40
-    assert [epoch["epoch"] for epoch in epochs(small_disk)] == list(range(1, 41))
+    assert torch.load(next(small_disk.glob(f"checkpoints/{RUN}/latest.pt")), weights_only=True)["epoch"] == 20
+    assert [epoch["epoch"] for epoch in epochs(small_disk)] == list(range(1, 21))
 
 
 class Clients:
