@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address
 from served import free_port
 
@@ -170,3 +171,22 @@ def test_encoding_makes_the_cluster_grow_from_zero_and_shrink_again(
     assert "/runtime_resources/py_modules_files/" in told["CODE"]
     assert (Path(told["FOLDER"]) / "manifest.json").is_file()
     assert json.loads(head.command("-c", NODES, 1).stdout.splitlines()[-1]) == [0]
+
+
+CORES = """
+import ray
+from ldm_ray.distributed.cluster import connected, cores_of_each
+with connected():
+    print(*(cores_of_each(workers) for workers in (1, 2, 3, 4, 9)))
+"""
+
+
+def test_no_worker_needs_more_cores_than_a_node_has() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 5})
+    try:
+        cluster.add_node(num_cpus=2)
+        environment = os.environ | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", CORES], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == ["5", "2", "2", "1", "1"], done.stderr
+    finally:
+        cluster.shutdown()

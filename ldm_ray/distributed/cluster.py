@@ -86,6 +86,15 @@ def resources() -> tuple[int, int]:
     return max(1, cores), gpus
 
 
+def cores_of_each(workers: int) -> int:
+    """The most CPU cores that each of so many workers can have; a worker is on one node."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    for cores in range(sum(nodes) // workers, 1, -1):
+        if sum(there // cores for there in nodes) >= workers:
+            return cores
+    return 1
+
+
 def use_gpu(device: str | None) -> bool:
     """Whether workers take a GPU each: where the cluster has any, unless the CPU is asked for.
 

@@ -17,7 +17,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
-from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
+from ldm_ray.distributed.cluster import check_shared, cores_of_each, use_gpu
 from ldm_ray.errors import LdmError
 from ldm_ray.training.fit import Job, Place, fit
 
@@ -46,15 +46,14 @@ def run(job: Job) -> int:
     check_shared(paths.outdir)
     low, high = config.worker_range()
     gpu = use_gpu(config.device)
-    cores = resources()[0]
-    threads = max(1, cores // high)
+    threads = cores_of_each(high)
     paths.runs.mkdir(parents=True, exist_ok=True)
     paths.stop.unlink(missing_ok=True)
     paths.diverged.unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "threads": threads, "mps": config.device == "mps"},
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=high if low == high else (low, high),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=GROW_S,
             use_gpu=gpu,
