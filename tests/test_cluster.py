@@ -57,7 +57,6 @@ class Head:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ADDRESS": self.address,
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_raylet_start_wait_time_s": "120",
         }
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -94,6 +93,8 @@ def head() -> Iterator[Head]:
                     break
                 assert process.poll() is None, (Path(folder) / "head.log").read_text()
                 time.sleep(1)
+            else:
+                pytest.fail((Path(folder) / "head.log").read_text()[-3000:])
             yield made
         finally:
             process.terminate()

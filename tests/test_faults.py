@@ -65,7 +65,7 @@ def lose(cluster: Cluster) -> None:
 
 
 def start(address: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = os.environ | {"RAY_ADDRESS": address, "RAY_raylet_start_wait_time_s": "120"}  # machines may be busy
+    environment = os.environ | {"RAY_ADDRESS": address}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
