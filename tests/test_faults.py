@@ -104,6 +104,7 @@ def titled(process: psutil.Process, title: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_lost_node_shrinks_training_and_a_new_one_grows_it(
     cluster: Cluster, digits_folder: Path, ae_file: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def fill(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_disk_was_full(digits_folder: Path, ae_file: Path, small_disk: Path) -> None:
     flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, *TRAIN, "--epochs", 20, "--checkpoint-every", 5]
     process = start("local", "-m", "ldm_ray.train", *flags, "--max-failures", 20, "--outdir", small_disk)
@@ -212,6 +214,7 @@ class Clients:
         return len(latest) == count and all(status == 200 for status, _ in latest)
 
 
+@pytest.mark.slow
 def test_a_replica_lost_with_its_node_costs_what_was_in_it(cluster: Cluster, ae_file: Path, tmp_path: Path) -> None:
     ckpt = tmp_path / "latest.pt"
     write_checkpoint(ckpt, ae_file)
