@@ -311,8 +311,14 @@ def listed(flag: str, text: str, pattern: str, high: float) -> list[float]:
 
 
 def outdir(given: str | None) -> Path:
-    """The absolute output directory: as given, else $SCRATCH, else ./outputs."""
-    return Path(given or os.environ.get("SCRATCH") or "outputs").expanduser().absolute()
+    """The absolute output directory: as given, else $SCRATCH, else ./outputs. ConfigError on a URI."""
+    found = given or os.environ.get("SCRATCH") or "outputs"
+    if "://" in found:
+        raise ConfigError(
+            f"--outdir {found} is no folder: runs are kept in a folder that all nodes see (NFS, EFS, Filestore); "
+            "object stores are for the --outdir of python -m ldm_ray.generate"
+        )
+    return Path(found).expanduser().absolute()
 
 
 def cache_dir(given: str | None) -> Path:

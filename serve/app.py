@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from ldm_ray.distributed.cluster import resources
 from serve.routes import build
 from serve.service import Service
 from serve.settings import Settings, check
@@ -67,7 +68,7 @@ def deployment(args: Settings) -> Application:
     assert settings.ckpt is not None and settings.outdir is not None
     check(settings.ckpt, settings.ae_ckpt, settings.outdir)
     low, high = settings.replica_range()
-    gpu = settings.device in (None, "cuda") and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    gpu = settings.device in (None, "cuda") and ray.is_initialized() and resources()[1] > 0
     scaling: dict[str, Any] = {"num_replicas": low}
     if high > low:
         scaling = {"autoscaling_config": {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": 16}}

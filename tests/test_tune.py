@@ -208,7 +208,7 @@ def test_a_search_from_another_directory_and_training_its_best(base: tuple[Path,
     betas = loaded.schedule.beta_start, loaded.schedule.beta_end, loaded.schedule.beta_schedule
     assert betas == tuple(best.settings[name] for name in ("beta_start", "beta_end", "beta_schedule"))
     assert list(tmp_path.iterdir()) == []
-    # The trial's first epoch and the run's are the same training (its rate falls over as many epochs), and --config takes the file as it is
+    # The trial's first epoch and the run's, of as many epochs, are the same training; --config takes the file as it is
     first = json.loads(next(out.glob("runs/latent-diffusion-*/metrics.jsonl")).read_text().splitlines()[0])
     assert first["val_loss"] == pytest.approx(best.curve[0]["val_loss"], rel=1e-5)
     shown = finish(command("--config", folder / "best_config.json", "--seed", 43, module="ldm_ray.train", cwd=tmp_path))

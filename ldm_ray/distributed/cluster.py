@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
+import ldm_ray
 from ldm_ray.devices import pick_device
 from ldm_ray.errors import ConfigError
 
@@ -23,7 +25,8 @@ POLL_S = "0.1"
 def connected() -> Iterator[None]:
     """Joins the cluster of RAY_ADDRESS, or starts Ray on this machine; leaves it at the end.
 
-    Raises ConfigError when a cluster was named and does not answer.
+    A cluster's workers get this package's code, whether it is installed there or not. Raises ConfigError when
+    a cluster was named and does not answer or does not take the token.
     """
     for name, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_S,
@@ -33,15 +36,21 @@ def connected() -> Iterator[None]:
         "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ prints notes on actor restarts into the progress
     }.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    code = {"py_modules": [str(Path(ldm_ray.__file__).parent)], "excludes": ["__pycache__"]}
     started = not ray.is_initialized()
     if started:
         try:
             with silent_stderr():  # its C++ announces the log level set above
-                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env=None if address == "local" else code,
+                )
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
             first = " ".join(str(error).split())[:200]
-            raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS={address or 'local'}: {first}") from None
+            raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS={address}: {first}") from None
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -66,9 +75,24 @@ def silent_stderr() -> Iterator[None]:
 
 
 def resources() -> tuple[int, int]:
-    """(CPU cores, GPUs) of all living nodes."""
+    """(CPU cores, GPUs) of all living nodes, or of those that an autoscaled cluster can have.
+
+    Ray does not tell the latter: cluster files say it by LDM_RAY_CPUS and LDM_RAY_GPUS.
+    """
     total = ray.cluster_resources()
-    return max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0))
+    cores, gpus = (
+        max(int(total.get(name, 0)), int(os.environ.get(f"LDM_RAY_{name}S") or 0)) for name in ("CPU", "GPU")
+    )
+    return max(1, cores), gpus
+
+
+def cores_of_each(workers: int) -> int:
+    """The most CPU cores that each of so many workers can have; a worker is on one node."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    for cores in range(sum(nodes) // workers, 1, -1):
+        if sum(there // cores for there in nodes) >= workers:
+            return cores
+    return 1
 
 
 def use_gpu(device: str | None) -> bool:
@@ -99,13 +123,16 @@ def check_shared(folder: Path) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     try:
-        asked = {
-            node["NodeManagerHostname"]: sees.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(str(mark))
+        asked = [
+            (
+                node["NodeManagerHostname"],
+                sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    str(mark)
+                ),
+            )
             for node in nodes
-        }
-        blind = [name for name, answer in asked.items() if not ray.get(answer)]
+        ]
+        blind = [name for name, answer in asked if not ray.get(answer)]
     finally:
         mark.unlink(missing_ok=True)
     if blind:

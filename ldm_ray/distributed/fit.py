@@ -19,7 +19,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from ldm_ray.data.sources import ImageSource
-from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
+from ldm_ray.distributed.cluster import check_shared, cores_of_each, use_gpu
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
 from ldm_ray.errors import LdmError
 from ldm_ray.training.fit import Job, Place, fit
@@ -27,6 +27,7 @@ from ldm_ray.training.fit import Job, Place, fit
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 WATCH_S = 0.2
+GROW_S = 15.0  # how often --num-workers MIN-MAX looks for room to grow; growing restarts from the last checkpoint
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -51,16 +52,16 @@ def run(job: Job, test: ImageSource | None = None) -> int:
     check_shared(paths.outdir)
     low, high = config.worker_range()
     gpu = use_gpu(config.device)
-    cores = resources()[0]
-    threads = max(1, cores // high)
+    threads = cores_of_each(high)
     paths.runs.mkdir(parents=True, exist_ok=True)
     paths.stop.unlink(missing_ok=True)
     paths.diverged.unlink(missing_ok=True)
     trainer = TorchTrainer(  # type: ignore[call-arg]  # its type is that of Ray Train's first version
         train_worker,
         train_loop_config={"job": job, "threads": threads, "mps": config.device == "mps"},
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=high if low == high else (low, high),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=GROW_S,
             use_gpu=gpu,
             resources_per_worker={"GPU": 1} if gpu else {"CPU": threads},
         ),
