@@ -92,7 +92,7 @@ def latents_of(config: TrainConfig, base: Path, found: AutoencoderCheckpoint | N
     if found is None:
         kind = "conv" if gpu and not any(side % 2 for side in source.image_size) else "mlp"
         log.info("no autoencoder checkpoint found: training one first (%s)", kind)
-        shared = ("dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
+        shared = ("recipe", "dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
         settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
         first = AutoencoderConfig(**settings, model=kind, outdir=str(base), auto_resume=config.auto_resume)
         outcome = _fit_autoencoder(first, source, base)
