@@ -1,8 +1,7 @@
-"""Commands on a cluster that is there already: its token, the code they bring, the folder they need, its scaling."""
+"""Commands on a cluster that is there already: its token, the code they bring, the folder they need, its cores."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import subprocess
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address
 from served import free_port
@@ -33,20 +31,6 @@ def test_training_refuses_an_object_store_in_one_line(uri: str, monkeypatch: pyt
             outdir(given)
 
 
-# A head that runs no work, and GPU workers from zero, as in cluster.yaml; here the GPUs are only a number.
-SCALING = {
-    "cluster_name": "fake",
-    "max_workers": 2,
-    "idle_timeout_minutes": 0.1,
-    "provider": {"type": "fake_multinode"},
-    "available_node_types": {
-        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-        "gpu_worker": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
-    },
-    "head_node_type": "ray.head.default",
-}
-
-
 class Head:
     """``ray start --head`` with a token, in a folder of its own; ``command`` runs a program that has the token."""
 
@@ -60,15 +44,13 @@ class Head:
         }
 
     def start(self) -> subprocess.Popen[bytes]:
-        config = self.folder / "autoscaling.yaml"
-        config.write_text(yaml.safe_dump(SCALING))
-        ports = ["--port", self.address.partition(":")[2], "--ray-client-server-port", "0"]
+        ports = ["--port", self.address.partition(":")[2], "--ray-client-server-port", str(free_port())]
         ports += ["--dashboard-port", str(free_port()), "--dashboard-host", "127.0.0.1"]
-        command = [RAY, "start", "--head", "--block", "--num-cpus=0", *ports, f"--autoscaling-config={config}"]
+        command = [RAY, "start", "--head", "--block", "--num-cpus=0", *ports]
         with (self.folder / "head.log").open("wb") as log:
             return subprocess.Popen(
                 [*command, "--disable-usage-stats", f"--temp-dir={self.folder}"],
-                env=self.environment | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+                env=self.environment,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
@@ -105,18 +87,6 @@ def head() -> Iterator[Head]:
                 process.wait()
 
 
-NODES = """
-import json, sys, time, ray
-ray.init(logging_level="ERROR", log_to_driver=False)
-for _ in range(120):
-    alive = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
-    if len(alive) == int(sys.argv[1]):
-        break
-    time.sleep(1)
-print(json.dumps(alive))
-"""
-
-
 def test_without_the_token_a_command_ends_with_one_line(head: Head, digits_folder: Path, tmp_path: Path) -> None:
     done = head.command(
         "-m", "ldm_ray.train", "--dataset", digits_folder, "--outdir", tmp_path, RAY_AUTH_TOKEN="another" * 8
@@ -141,37 +111,23 @@ def test_workers_that_are_not_there_yet_count_where_the_cluster_file_names_them(
     assert seen(LDM_RAY_CPUS="16", LDM_RAY_GPUS="4") == "16 4 True"
 
 
-ENCODE = """
-import sys
-from pathlib import Path
+CODE = """
 import ray
-from ldm_ray.checkpoint import load_autoencoder
-from ldm_ray.data.sources import load_source
 from ldm_ray.distributed.cluster import connected
-from ldm_ray.distributed.encode import encode
 with connected():
-    @ray.remote(num_cpus=0, num_gpus=1)
+    @ray.remote(num_cpus=0)
     def where():
-        import ldm_ray
-        return ldm_ray.__file__
-    print("CODE", ray.get(where.remote()))
-    source = load_source(sys.argv[1], "train", Path(sys.argv[3]), None)
-    print("FOLDER", encode(source, load_autoencoder(Path(sys.argv[2])), Path(sys.argv[3]), workers=1, device="cpu"))
+        import sys
+        from pathlib import Path
+        return [path for path in sys.path if Path(path, "ldm_ray", "config.py").is_file()]
+    print(*ray.get(where.remote()))
 """
 
 
-@pytest.mark.slow
-def test_encoding_makes_the_cluster_grow_from_zero_and_shrink_again(
-    head: Head, digits_folder: Path, ae_file: Path, tmp_path: Path
-) -> None:
-    """No node but the head is there; the code that runs on the new one is what the command sent."""
-    assert json.loads(head.command("-c", NODES, 1).stdout.splitlines()[-1]) == [0]
-    done = head.command("-c", ENCODE, digits_folder, ae_file, tmp_path, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("CODE", "FOLDER")))
-    assert "/runtime_resources/py_modules_files/" in told["CODE"]
-    assert (Path(told["FOLDER"]) / "manifest.json").is_file()
-    assert json.loads(head.command("-c", NODES, 1).stdout.splitlines()[-1]) == [0]
+def test_workers_get_the_code_that_the_command_brings(head: Head) -> None:
+    """Here the project is installed as well; on a node without it this copy is the one that is found."""
+    done = head.command("-c", CODE, PYTHONPATH=str(ROOT))
+    assert "/py_modules_files/" in done.stdout, done.stdout + done.stderr
 
 
 CORES = """
