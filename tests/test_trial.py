@@ -21,6 +21,7 @@ from ldm_ray.models.codec import LatentStatistics
 from ldm_ray.runs import RunPaths
 from ldm_ray.training import trial
 from ldm_ray.training.fit import Job, Place, fit
+from ldm_ray.training.fitter import lr_factor
 
 SHAPES = [
     NoiseSchedule(),
@@ -121,3 +122,13 @@ def test_a_trial_trains_as_the_command_does(tmp_path: Path, ae_file: Path) -> No
     asked = iter([False, True])  # a stop within the second epoch: 38 steps each, asked every 20
     short = TrainConfig(**{**config.to_dict(), "batch_size": 8})
     assert len(list(trial.run(short, data, torch.device("cpu"), 100, 10, lambda: next(asked)))) == 1
+
+
+@pytest.mark.parametrize("total", [2, 32, 1000, 100_000])
+def test_the_learning_rate_rises_and_falls(total: int) -> None:
+    factors = [lr_factor("cosine", step, total) for step in range(1, total + 1)]
+    top = factors.index(max(factors)) + 1
+    assert factors[-1] < 1e-6 and 0.9 < max(factors) <= 1
+    assert total // 20 <= top <= total // 2 + 1 and (total < 600 or top >= 300)
+    assert factors[:top] == sorted(factors[:top]) and factors[top:] == sorted(factors[top:], reverse=True)
+    assert lr_factor("constant", 1, total) == 1

@@ -20,7 +20,7 @@ from ldm_ray.diffusion.ema import EMA
 from ldm_ray.training.tasks import Task
 
 VAL_BATCH = 2048
-WARM_UP = 0.05  # share of the steps
+WARM_UP, WARM_UP_STEPS = 0.05, 300  # share of the steps, and at least so many, up to half of them
 RESIDENT_SHARE = 0.5  # of the device's free memory that training data may take
 
 
@@ -88,7 +88,7 @@ class Fitter:
         self.generator.manual_seed(mix(self.config.seed, self.epoch, self.step, self.rank))
         batch = self.data[rows].to(self.device, non_blocking=True)
         labels = self.labels[rows.to(self.labels.device)]
-        factor = lr_factor(self.config.lr_schedule, (self.global_step + 1) / self.total_steps)
+        factor = lr_factor(self.config.lr_schedule, self.global_step + 1, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor
         with self.context:
@@ -151,14 +151,15 @@ class Fitter:
         self.loss_sum.fill_(state["loss_sum"])
 
 
-def lr_factor(schedule: str, progress: float) -> float:
-    """Share of the learning rate after a share 0…1 of all steps: 1, or up from 0 and down a half cosine to 0
+def lr_factor(schedule: str, step: int, total: int) -> float:
+    """Share of the learning rate at a step 1…total: 1, or up from 0 and down a half cosine to 0
     (Loshchilov and Hutter, arXiv:1608.03983, eq. 5 without restarts)."""
     if schedule == "constant":
         return 1.0
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
+    warm = max(WARM_UP * total, min(WARM_UP_STEPS, total / 2))
+    if step < warm:
+        return step / warm
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
 
 
 def mix(seed: int, epoch: int, step: int, rank: int) -> int:
