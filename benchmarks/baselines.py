@@ -1,6 +1,7 @@
 """Deployments that the service is measured against."""
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class OneByOne:
 
     def __init__(self, ckpt: str) -> None:
         torch.set_num_threads(2)
-        self.generator = Generator.open(ckpt)[0]
+        self.generator = Generator.open(Path(ckpt))[0]
 
     def __call__(self, request: Any) -> dict[str, Any]:
         seed = int(request.query_params["seed"])

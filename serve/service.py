@@ -24,6 +24,7 @@ from serve.metrics import Metrics
 from serve.schemas import GenerationRequest, Sampling
 from serve.settings import Settings
 
+SURE = 0.7  # share of the deadline within which an image is promised: the rate is an estimate
 CACHED = 4096  # permalink images
 REASONS = {
     Outcome.FAILED: ApiError(500, "this image came out as numbers that are not finite", code="not_finite"),
@@ -139,7 +140,7 @@ class Service:
         queued = sum(served.slots.outstanding for served in self.library.loaded.values())
         images = sum(served.slots.open for served in self.library.loaded.values())
         rate = slots.rate or math.inf
-        late = (slots.ahead(order.steps) + work) / rate - limits.deadline_s  # it would come too late by so many seconds
+        late = (slots.ahead(order.steps) + work) / rate - SURE * limits.deadline_s  # by so much it would be too late
         excess = queued + work - limits.max_queue
         if queued and (late > 0 or excess > 0 or images + len(order.seeds) > limits.max_images):
             wait = math.ceil(min(60.0, max(1.0, late, excess / rate)))
