@@ -33,7 +33,11 @@ def heavy(i: int) -> bytes:
 
 def memory() -> float:
     """MB of the replicas."""
-    found = [each for each in psutil.process_iter(["cmdline"]) if "ServeReplica:images" in " ".join(each.info["cmdline"] or [])]
+    found = [
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if "ServeReplica:images" in " ".join(each.info["cmdline"] or [])
+    ]
     return sum(each.memory_info().rss for each in found) / 1e6
 
 
