@@ -24,7 +24,7 @@ from ldm_ray.generator import Generator, filled
 from ldm_ray.slot_jobs import Job, Outcome
 
 TABLES_KEPT = 256
-AHEAD = 32  # steps that an image's noise is drawn for at a time
+AHEAD = 32, 4096  # steps that an image's noise is drawn for at a time, and numbers; two steps at least
 COEFFICIENTS = ("x0_from_xt", "x0_from_output", "keep", "x0", "before", "sigma")
 log = logging.getLogger(__name__)
 
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 class Image:
     """One image on its way: after ``step`` of its plan's steps, at ``place`` of the board."""
 
-    __slots__ = ("drawn", "index", "job", "outcome", "place", "seed", "served", "step")
+    __slots__ = ("drawn", "index", "job", "outcome", "place", "seed", "step")
 
     def __init__(self, job: Job, index: int, seed: int) -> None:
         self.job, self.index, self.seed = job, index, seed
-        self.step = self.place = self.served = 0
+        self.step = self.place = 0
         self.drawn = -1  # the first step whose noise is on the board; −1: none
         self.outcome: Outcome | None = None
 
@@ -69,6 +69,7 @@ class Board:
 
     def __init__(self, generator: Generator) -> None:
         self.generator, self.device, self.dim = generator, generator.device, generator.codec.latent_dim
+        self.ahead = max(2, min(AHEAD[0], AHEAD[1] // self.dim))
         self.changed = False  # set from any thread: running legs end after their step
         self.next_deadline: float | None = None
         self._free: list[int] = []
@@ -77,7 +78,7 @@ class Board:
             self.latents = torch.zeros(0, self.dim, device=self.device)  #       (N, D)
             self.before = torch.zeros(0, self.dim, device=self.device)  #        (N, D) x0 predicted a step ago
             self.labels = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,)
-            self.noise = torch.zeros(0, AHEAD, self.dim, device=self.device)  # (N, AHEAD, D)
+            self.noise = torch.zeros(0, self.ahead, self.dim, device=self.device)  # (N, ahead, D)
         self._grow(generator.tiles.sizes[-1])
 
     @torch.inference_mode()
@@ -116,7 +117,7 @@ class Board:
         noisy = any(run[0].job.noisy for run in runs)
         if noisy:
             self._draw(images)
-            limit = min(limit, min(i.drawn + AHEAD - i.step - 1 for i in images if i.job.noisy))
+            limit = min(limit, min(i.drawn + self.ahead - i.step - 1 for i in images if i.job.noisy))
         places = self._places(images)
         rows = filled(places, size)
         xt, before, labels = self.latents[rows], self.before[rows], self.labels[rows]  # (B, D), (B, D), (B,)
@@ -127,7 +128,7 @@ class Board:
         taken = 0
         while True:
             output = denoise(xt, timesteps[taken], labels)
-            noise = self.noise[rows, (offsets + taken).clamp_(max=AHEAD - 1)] if noisy else None
+            noise = self.noise[rows, (offsets + taken).clamp_(max=self.ahead - 1)] if noisy else None
             xt, before = advance(steps[taken], xt, output, before, noise)
             taken += 1
             if taken == limit or self.changed:
@@ -154,12 +155,12 @@ class Board:
 
     def _draw(self, images: list[Image]) -> None:
         """Draws the noise of the coming steps for noisy images that have none left."""
-        empty = [i for i in images if i.job.noisy and (i.drawn < 0 or i.step + 1 >= i.drawn + AHEAD)]
+        empty = [i for i in images if i.job.noisy and (i.drawn < 0 or i.step + 1 >= i.drawn + self.ahead)]
         empty.sort(key=lambda image: image.step)
         for step, run in groupby(empty, key=lambda image: image.step):
             group = list(run)
             seeds = torch.tensor([image.seed for image in group], dtype=torch.int64, device=self.device)
-            self.noise[self._places(group)] = gaussian(seeds, step + 1, self.dim, AHEAD).transpose(0, 1)
+            self.noise[self._places(group)] = gaussian(seeds, step + 1, self.dim, self.ahead).transpose(0, 1)
             for image in group:
                 image.drawn = step + 1
 

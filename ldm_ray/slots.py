@@ -8,6 +8,7 @@ the same seed, label and settings, whatever else is in its tile. No Ray here. n 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -116,10 +117,18 @@ class Slots:
         with self._wake:
             return self._work.total()
 
-    def ahead(self, steps: int) -> int:
-        """The same of the jobs that a new one of so many steps would not pass: those of no more steps."""
+    def wait(self, steps: int, work: int) -> float:
+        """Seconds by which a new job of so many steps and denoiser rows would be finished, at the rate of late.
+
+        As ``choose`` has it: among jobs of the same steps it waits for those before it. It passes what takes more
+        steps, with half of the capacity. What takes fewer may go on passing it for as long as such jobs come, and
+        then half of the capacity works off all that is there in its order.
+        """
         with self._wake:
-            return sum(work for taken, work in self._work.items() if taken <= steps)
+            every, same = self._work.total(), self._work[steps]
+            shorter = sum(there for taken, there in self._work.items() if taken < steps)
+        before, share = (every, 0.5) if shorter else (same, 0.5 if every > same else 1.0)
+        return (before + work) / (share * self.rate) if self.rate else 0.0
 
     @property
     def alive(self) -> bool:
@@ -197,8 +206,6 @@ class Slots:
         self.board.next_deadline = min((i.job.deadline for i in self.live if i.job.deadline is not None), default=None)
         self.figures.rounds += 1
         chosen = choose(self.live, self.capacity)
-        for image in chosen:
-            image.served = self.figures.rounds
         moving = [image for image in chosen if image.step < len(image.job.plan)]
         tiles = tiles_of(moving, self.generator.tiles.size_for)
         limit = LEG if len(tiles) <= self.generator.tiles.threads else LEG_CROWDED
@@ -284,9 +291,13 @@ def called(function: Callable[..., None], *given: object) -> None:
 
 
 def choose(live: list[Image], capacity: int) -> list[Image]:
-    """The images of a round: all, or, where there are too many, half by fewest steps left, half by longest wait."""
+    """The images of a round: all, or, where there are too many, half by fewest steps left and half by who came first.
+
+    Both halves finish jobs one after the other. Shares for all would finish all of them late.
+    """
     if len(live) <= capacity:
         return live
-    by_left = sorted(live, key=lambda image: len(image.job.plan) - image.step)
-    short, rest = by_left[: capacity // 2], by_left[capacity // 2 :]
-    return short + sorted(rest, key=lambda image: image.served)[: capacity - len(short)]
+    short = sorted(live, key=lambda image: len(image.job.plan) - image.step)[: capacity // 2]
+    there = set(short)
+    rest = (image for image in live if image not in there)  # in the order in which they came
+    return short + list(itertools.islice(rest, capacity - len(short)))

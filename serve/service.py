@@ -140,7 +140,7 @@ class Service:
         queued = sum(served.slots.outstanding for served in self.library.loaded.values())
         images = sum(served.slots.open for served in self.library.loaded.values())
         rate = slots.rate or math.inf
-        late = (slots.ahead(order.steps) + work) / rate - SURE * limits.deadline_s  # by so much it would be too late
+        late = slots.wait(order.steps, work) - SURE * limits.deadline_s  # by so much it would be too late
         excess = queued + work - limits.max_queue
         if queued and (late > 0 or excess > 0 or images + len(order.seeds) > limits.max_images):
             wait = math.ceil(min(60.0, max(1.0, late, excess / rate)))

@@ -97,13 +97,18 @@ def test_a_short_job_does_not_wait_for_a_long_one(slots: Slots) -> None:
     long.wait()
 
 
-def test_what_lies_ahead_of_a_new_job_is_what_it_does_not_pass(slots: Slots) -> None:
+def test_the_wait_of_a_new_job_is_for_what_it_does_not_pass(slots: Slots) -> None:
+    assert slots.wait(8, 8) == 0  # nothing is known of the rate
     long = Waited(slots, 64, LONG)
-    assert slots.outstanding == slots.ahead(1000) == 64_000
-    assert slots.ahead(999) == slots.ahead(8) == 0
+    long.moved()
+    slots._recent = (1000.0, 1.0)  # denoiser rows a second
+    assert slots.outstanding == 64_000
+    assert slots.wait(1000, 1000) == pytest.approx(65)  # behind its equals
+    assert slots.wait(999, 1000) == pytest.approx(2)  # passes, with half of the capacity
+    assert slots.wait(2000, 1000) == pytest.approx(130)  # others may pass: half of the capacity, behind all
     slots.cancel(long.job)
     long.wait()
-    assert slots.outstanding == slots.ahead(1000) == 0
+    assert slots.outstanding == 0
 
 
 def test_beyond_capacity_short_jobs_pass_and_long_ones_still_move(generator: Generator) -> None:
@@ -111,14 +116,21 @@ def test_beyond_capacity_short_jobs_pass_and_long_ones_still_move(generator: Gen
     for job, steps in zip(jobs, (3, 900, 1000), strict=True):
         job.plan = (None,) * steps  # type: ignore[assignment]
     images = [Image(job, i, i) for job in jobs for i in range(4)]
-    for image in images[8:]:
-        image.served = 0
-    for image in images[:8]:
-        image.served = 5
+    images = images[4:] + images[:4]
     chosen = choose(images, 8)
-    assert len(chosen) == 8 and set(images[:4]) <= set(chosen)  # fewest steps left
-    assert set(images[8:]) <= set(chosen)  # waited longest
+    assert len(chosen) == 8 and set(images[8:]) <= set(chosen)  # fewest steps left
+    assert set(images[:4]) <= set(chosen)  # came first
     assert choose(images, 12) == images
+
+
+def test_beyond_capacity_equal_jobs_are_finished_in_their_order() -> None:
+    jobs = [Job(seeds=range(4), labels=[0] * 4, sampling=LONG) for _ in range(5)]
+    for job in jobs:
+        job.plan = (None,) * 1000  # type: ignore[assignment]
+    images = [Image(job, i, i) for job in jobs for i in range(4)]
+    for image in images[:8]:
+        image.step = 10
+    assert {image.job for image in choose(images, 8)} == set(jobs[:2])
 
 
 def test_cancelling_takes_effect_within_two_steps_and_touches_no_other(generator: Generator, slots: Slots) -> None:
