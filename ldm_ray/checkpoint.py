@@ -19,45 +19,50 @@ from torch import Tensor
 
 import ldm_ray
 from ldm_ray.classes import names_in
-from ldm_ray.config import PREDICTION_TYPES
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.models import registry
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
-from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.safe_load import plain, read_torch_file, state_dict_of
+from ldm_ray.errors import CheckpointError
+from ldm_ray.models.codec import Codec, PixelCodec
+from ldm_ray.models.conditioning import ConditionedDenoiser
+from ldm_ray.models.unet import UNet
+from ldm_ray.restore import (
+    AutoencoderCheckpoint,
+    codec_of,
+    denoiser_of,
+    from_embedded,
+    prediction_type_of,
+    schedule_of,
+)
+from ldm_ray.safe_load import plain, read_torch_file
 
 FORMAT_VERSION = 1
-MAX_TIMESTEPS = 100_000
+KINDS = ("autoencoder", "latent_diffusion", "pixel_diffusion")
 SUMMARY = (
-    *("format_version", "epoch", "global_step", "train_loss", "val_loss"),
+    *("format_version", "epoch", "global_step", "train_loss", "val_loss", "train_seconds"),
     *("quality", "data", "config", "args", "versions"),
 )
 
 
 @dataclass(kw_only=True)
-class AutoencoderCheckpoint:
-    """A frozen autoencoder and where it came from; sha256 is of the file."""
-
-    codec: LatentCodec
-    path: str
-    sha256: str
-    only_digit: int | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(kw_only=True)
 class DiffusionCheckpoint:
-    """A denoiser with everything needed to sample. ``autoencoder`` is None only in existing-format files
-    for which none was given; ``denoiser`` has the averaged weights where there are any."""
+    """A denoiser with everything needed to sample; it has the averaged weights where there are any.
 
-    denoiser: Denoiser
+    codec: what it diffuses in; None only in existing-format files for which no autoencoder was given. autoencoder:
+    None there and in pixel space.
+    """
+
+    denoiser: ConditionedDenoiser
     schedule: NoiseSchedule
+    codec: Codec | None
     autoencoder: AutoencoderCheckpoint | None
     prediction_type: str
     path: str
     sha256: str
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def autoencoder_sha256(self) -> str:
+        """Empty in pixel space."""
+        return self.autoencoder.sha256 if self.autoencoder else ""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -97,7 +102,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], str]:
-    """(content with plain metadata, kind: ``autoencoder`` | ``latent_diffusion``). CheckpointError in one line."""
+    """(content with plain metadata, kind: one of ``KINDS``). CheckpointError in one line."""
     content = read_torch_file(path)
     version = content.get("format_version", 0)
     if not isinstance(version, int) or isinstance(version, bool) or version > FORMAT_VERSION:
@@ -119,8 +124,8 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(f"checkpoint {path} has no 'model' weights")
     names = {str(name).replace("_orig_mod.", "").replace("module.", "") for name in content["model"]}
     kind = content.get("kind") or ("latent_diffusion" if "time.fc1.weight" in names else "autoencoder")
-    if kind not in ("autoencoder", "latent_diffusion"):
-        raise CheckpointError(f"checkpoint {path} is of kind {kind!r}; known are autoencoder, latent_diffusion")
+    if kind not in KINDS:
+        raise CheckpointError(f"checkpoint {path} is of kind {str(kind)[:40]!r}; known are {', '.join(KINDS)}")
     return content, kind
 
 
@@ -135,7 +140,7 @@ def load_autoencoder(path: Path) -> AutoencoderCheckpoint:
     content, kind = read(path)
     if kind != "autoencoder":
         raise CheckpointError(f"checkpoint {path} holds a denoiser, not an autoencoder")
-    codec = _codec(content["model"], content["args"], content.get("statistics"), path)
+    codec = codec_of(content["model"], content["args"], content.get("statistics"), path)
     return AutoencoderCheckpoint(
         codec=codec,
         path=str(path),
@@ -152,31 +157,13 @@ def load_diffusion(path: Path, ae_ckpt: Path | None = None, force: bool = False)
     Raises CheckpointError in one line.
     """
     content, kind = read(path)
-    if kind != "latent_diffusion":
+    if kind == "autoencoder":
         raise CheckpointError(f"checkpoint {path} holds an autoencoder, not a denoiser: see --ae-ckpt")
-    state = state_dict_of(content.get("ema") or content["model"], path, "denoiser")
-    args = content["args"] | content["schedule"]
-    try:
-        denoiser = Denoiser.from_state(state)
-    except (KeyError, RuntimeError, ValueError, IndexError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"checkpoint {path}: the weights are not the denoiser's: {first}") from None
-    try:
-        timesteps = int(args.get("num_train_timesteps") or args.get("T") or 1000)
-        if timesteps > MAX_TIMESTEPS:
-            raise ConfigError(f"T is at most {MAX_TIMESTEPS}, not {timesteps}")
-        betas = float(args.get("beta_start") or 1e-4), float(args.get("beta_end") or 2e-2)
-        schedule = NoiseSchedule(timesteps, *betas, str(args.get("beta_schedule") or "linear"))
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # ConfigError is a ValueError
-        raise CheckpointError(
-            f"checkpoint {path}: T, beta_start, beta_end or beta_schedule is unusable: {error}"
-        ) from None
-    prediction_type = content.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise CheckpointError(
-            f"checkpoint {path}: prediction type {str(prediction_type)[:40]!r} is unknown; known are "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
+    pixels, args = kind == "pixel_diffusion", content["args"] | content["schedule"]
+    denoiser, schedule = denoiser_of(content, pixels, path), schedule_of(args, path)
+    prediction_type = prediction_type_of(content, path)
+    if pixels and ae_ckpt is not None:
+        raise CheckpointError(f"{path} diffuses pixels and has no autoencoder: leave --ae-ckpt out")
     autoencoder = from_embedded(content.get("autoencoder"), path)
     if ae_ckpt is not None:
         given, recorded = load_autoencoder(ae_ckpt), autoencoder
@@ -191,14 +178,18 @@ def load_diffusion(path: Path, ae_ckpt: Path | None = None, force: bool = False)
         if said != given.codec.kind and not force:
             raise CheckpointError(f"--ae-ckpt {ae_ckpt} is of type {given.codec.kind}, but {path} needs {said}")
         autoencoder = given
+    codec: Codec | None = autoencoder.codec if autoencoder else None
+    if isinstance(denoiser, UNet):
+        codec, autoencoder = PixelCodec(denoiser.image_size), None
     if autoencoder is not None and autoencoder.codec.latent_dim != denoiser.latent_dim:
         raise CheckpointError(
             f"{path} denoises {denoiser.latent_dim} numbers, the autoencoder {autoencoder.path} "
             f"makes {autoencoder.codec.latent_dim}"
         )
     return DiffusionCheckpoint(
-        denoiser=denoiser.eval().requires_grad_(False),
+        denoiser=denoiser,
         schedule=schedule,
+        codec=codec,
         autoencoder=autoencoder,
         prediction_type=prediction_type,
         path=str(path),
@@ -226,40 +217,45 @@ def autoencoder_content(model: Any, kind: str, args: dict[str, Any], **rest: Any
 
 
 def diffusion_content(
-    model: Denoiser,
-    ema: Denoiser,
+    model: ConditionedDenoiser,
+    ema: ConditionedDenoiser,
     schedule: NoiseSchedule,
-    autoencoder: AutoencoderCheckpoint,
+    autoencoder: AutoencoderCheckpoint | None,
     config: dict[str, Any],
     **rest: Any,
 ) -> dict[str, Any]:
-    """What a denoiser checkpoint holds: enough to sample from this one file."""
-    codec = autoencoder.codec
+    """What a denoiser checkpoint holds: enough to sample from this one file. autoencoder: None in pixel space."""
+    about: dict[str, Any] = {"model": "ddpm"}
+    shape: dict[str, Any] = {"image_size": list(model.image_size)} if isinstance(model, UNet) else {}
+    if autoencoder is not None:
+        about = {
+            "model": "lddpm",
+            "ae_model": f"ae-{autoencoder.codec.kind}",
+            "ae_latent_dim": autoencoder.codec.latent_dim,
+            "ae_only_digit": autoencoder.only_digit,
+            "ae_ckpt": autoencoder.path,
+        }
     return {
         "format_version": FORMAT_VERSION,
-        "kind": "latent_diffusion",
+        "kind": "pixel_diffusion" if autoencoder is None else "latent_diffusion",
         "model": cpu(model.state_dict()),
         "ema": cpu(ema.state_dict()),
         "args": config
+        | about
         | {
-            "model": "lddpm",
             "hidden_dim": model.hidden_dim,
             "T": schedule.num_train_timesteps,
             "beta_start": schedule.beta_start,
             "beta_end": schedule.beta_end,
             "beta_schedule": schedule.beta_schedule,
-            "ae_model": f"ae-{codec.kind}",
-            "ae_latent_dim": codec.latent_dim,
-            "ae_only_digit": autoencoder.only_digit,
-            "ae_ckpt": autoencoder.path,
         },
         "config": config,
         "schedule": schedule.to_dict(),
         "prediction_type": config.get("prediction_type", "epsilon"),
         "num_classes": model.num_classes,
-        "autoencoder": embed(autoencoder),
+        "autoencoder": embed(autoencoder) if autoencoder else None,
         "versions": versions(),
-    } | rest
+    } | (shape | rest)
 
 
 def embed(autoencoder: AutoencoderCheckpoint) -> dict[str, Any]:
@@ -272,62 +268,10 @@ def embed(autoencoder: AutoencoderCheckpoint) -> dict[str, Any]:
         "path": autoencoder.path,
         "sha256": autoencoder.sha256,
         "only_digit": autoencoder.only_digit,
+        "train_seconds": autoencoder.info.get("train_seconds"),
         "model": cpu(codec.model.state_dict()),
         "statistics": {"mean": codec.statistics.mean, "covariance": codec.statistics.covariance},
     }
-
-
-def from_embedded(value: Any, path: Path) -> AutoencoderCheckpoint | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
-        raise CheckpointError(f"checkpoint {path}: its autoencoder is damaged")
-    args = {"model": value.get("type"), "latent_dim": value.get("latent_dim"), "image_size": value.get("image_size")}
-    return AutoencoderCheckpoint(
-        codec=_codec(value["model"], args, value.get("statistics"), path),
-        path=str(value.get("path")),
-        sha256=str(value.get("sha256")),
-        only_digit=value.get("only_digit"),
-    )
-
-
-def _codec(weights: Any, args: dict[str, Any], statistics: Any, path: Path) -> LatentCodec:
-    state = state_dict_of(weights, path, "autoencoder")
-    try:
-        kind, latent_dim = registry.detect(state, args)
-        image_size = _image_size(args.get("image_size"))
-        return LatentCodec.from_state(kind, latent_dim, state, _statistics(statistics, latent_dim), image_size)
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"checkpoint {path}: {error}") from None
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"checkpoint {path}: the weights do not fit: {first}") from None
-
-
-def _image_size(value: Any) -> tuple[int, int]:
-    """(height, width); files that do not say hold autoencoders of 28×28."""
-    if value is None:
-        return registry.IMAGE_SIZE
-    sides = list(value) if isinstance(value, (list, tuple)) else []
-    if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= registry.MAX_SIDE for side in sides):
-        raise CheckpointError(f"image_size is height and width, 1 to {registry.MAX_SIDE}, not {str(value)[:40]}")
-    return sides[0], sides[1]
-
-
-def _statistics(value: Any, latent_dim: int) -> LatentStatistics | None:
-    if value is None:
-        return None
-    mean, covariance = (value.get(key) if isinstance(value, dict) else None for key in ("mean", "covariance"))
-    if (
-        not isinstance(mean, Tensor)
-        or not isinstance(covariance, Tensor)
-        or any(part.layout != torch.strided or not part.is_floating_point() for part in (mean, covariance))
-        or mean.shape != (latent_dim,)
-        or covariance.shape != (latent_dim, latent_dim)
-        or not bool(torch.isfinite(covariance).all() and torch.isfinite(mean).all())
-    ):
-        raise CheckpointError("the latent statistics are damaged")
-    return LatentStatistics(mean, covariance)
 
 
 def cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ DATASET_HELP = (
 CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 RECIPES = ("best", "classic")
+SPACES = ("latent", "pixel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,18 @@ class AutoencoderConfig(RunConfig):
 class TrainConfig(RunConfig):
     """``python -m ldm_ray.train``"""
 
+    space: str = option(
+        "latent", "what is diffused: an autoencoder's latents, or pixels by a U-Net, to compare with", choices=SPACES
+    )
+    epochs: int = by_recipe(
+        "passes over the training images", {"best": 60, "classic": 20, "best, pixel": 20}, low=1, resume="free"
+    )
+    batch_size: int = by_recipe(
+        "images a step, over all workers together", {"best": 512, "classic": 128, "best, pixel": 128}, low=1
+    )
+    lr: float = by_recipe(
+        "largest learning rate", {"best": 2e-3, "classic": 2e-4, "best, pixel": 1e-3}, above=0, high=10
+    )
     ae_ckpt: str | None = option(
         None, "autoencoder checkpoint; its type is read from it [the newest found]", kind=str, resume="free"
     )
@@ -129,10 +142,16 @@ class TrainConfig(RunConfig):
         {"best": "v_prediction", "classic": "epsilon"},
         choices=PREDICTION_TYPES,
     )
-    hidden_dim: int = option(256, "width of the denoiser", low=8, high=8192)
+    hidden_dim: int = by_recipe(
+        "width of the denoiser; of the U-Net, its channels at full resolution",
+        {"best": 256, "classic": 256, "best, pixel": 32, "classic, pixel": 32},
+        low=8,
+        high=8192,
+    )
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
     whiten: bool = by_recipe(
-        "train on latents of unit covariance; otherwise as the encoder gives them", {"best": True, "classic": False}
+        "train on latents of unit covariance; otherwise as the encoder gives them",
+        {"best": True, "classic": False, "best, pixel": False},
     )
     stratified: bool = by_recipe(
         "spread each batch evenly over the timesteps; otherwise at random", {"best": True, "classic": False}
@@ -151,6 +170,10 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if self.beta_end < self.beta_start:
             raise ConfigError(f"--beta-end {self.beta_end:g} is below --beta-start {self.beta_start:g}")
+        if self.space == "pixel":
+            for flag, given in (("ae-ckpt", self.ae_ckpt), ("ae-ckpt-dir", self.ae_ckpt_dir), ("whiten", self.whiten)):
+                if given:
+                    raise ConfigError(f"--{flag} belongs to --space latent; --space pixel has no autoencoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,42 +232,6 @@ class InferConfig(SamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SamplerConfig):
-    """``python -m ldm_ray.evaluate``"""
-
-    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]", kind=str)
-    ae_ckpt: str | None = option(
-        None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
-    )
-    dataset: str = option("auto", "real images to compare with: " + DATASET_HELP)
-    cache_dir: str | None = option(None, CACHE_HELP, kind=str)
-    outdir: str | None = option(
-        None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]", kind=str
-    )
-    output: str = option("evaluation", "folder for metrics.json and samples.png")
-    samples: int = option(10_000, "images for each sampling seed, as many of each digit", low=10, high=1_000_000)
-    seeds: str = option("0,1,2", "sampling seeds, for the spread: image i of sampling seed s has seed s·samples + i")
-    guidance_scale: str = option("1", "classifier-free guidance, 1 = off; several (1,1.5,2) are measured in turn")
-    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
-    baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (a minute or two)")
-    ddpm_floor: bool = option(False, "also measure DDPM with every timestep of the same weights (slow)")
-    force: bool = option(False, "take an --ae-ckpt other than the one trained with")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.scales()
-        last = (max(self.sampling_seeds()) + 1) * self.samples - 1
-        if last > MAX_SEED:
-            raise ConfigError(f"--seeds {self.seeds} with --samples {self.samples} goes beyond image seed {MAX_SEED}")
-
-    def sampling_seeds(self) -> list[int]:
-        return [int(value) for value in listed("--seeds", self.seeds, r"\d{1,10}", MAX_SEED)]
-
-    def scales(self) -> list[float]:
-        return listed("--guidance-scale", self.guidance_scale, r"\d{1,3}(\.\d{1,6})?", 20)
-
-
-@dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
     """``python -m ldm_ray.generate``"""
 
@@ -286,17 +273,6 @@ class VerifyConfig(Config):
     ckpt: str | None = option(None, "the checkpoint, if it has moved [as recorded]", kind=str)
     ae_ckpt: str | None = option(None, "the autoencoder that was given [as recorded]", kind=str)
     device: str | None = option(None, "cuda, mps or cpu [as recorded]", kind=str, choices=("cuda", "mps", "cpu"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifiersConfig(Config):
-    """``python -m ldm_ray.metrics.train_classifiers``"""
-
-    dataset: str = option("auto", DATASET_HELP)
-    cache_dir: str | None = option(None, CACHE_HELP, kind=str)
-    output: str = option("classifiers", "folder for lenet.pt and residual.pt")
-    epochs: int | None = option(None, "passes over the training images [20 and 12]", kind=int, low=1)
-    seed: int = option(42, "everything random follows from it", low=0, high=MAX_SEED)
 
 
 def listed(flag: str, text: str, pattern: str, high: float) -> list[float]:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_ray import cli
-from ldm_ray.config import EvaluateConfig, outdir
+from ldm_ray.config import outdir
 from ldm_ray.errors import ConfigError
+from ldm_ray.metrics.config import EvaluateConfig
 
 PROG = "python -m ldm_ray.evaluate"
 

@@ -97,7 +97,7 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     from ldm_ray.diffusion.samplers import plan_of, with_defaults
 
     plan_of(model.schedule, config.sampling, model.prediction_type)  # more steps than timesteps are refused here
-    assert model.autoencoder is not None
+    assert model.codec is not None
     seeds = Seeds.parse(config.seeds)
     only = model.info.get("args", {}).get("only_digit")
     return Request(
@@ -106,10 +106,10 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
         sampling=with_defaults(model.schedule, config),
         shard_size=config.shard_size,
         format=config.format,
-        latent_dim=model.autoencoder.codec.latent_dim,
+        latent_dim=model.codec.latent_dim,
         save_latents=config.save_latents,
         checkpoint_sha256=model.sha256,
-        autoencoder_sha256=model.autoencoder.sha256,
+        autoencoder_sha256=model.autoencoder_sha256,
         engine=engine,
     )
 

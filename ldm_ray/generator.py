@@ -20,14 +20,15 @@ from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.data.images import to_uint8
 from ldm_ray.diffusion.guidance import guided
 from ldm_ray.diffusion.noise import ImageNoise, gaussian
-from ldm_ray.diffusion.samplers import Plan, plan_of, sample
+from ldm_ray.diffusion.samplers import Denoise, Plan, plan_of, sample
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.models.codec import LatentCodec
-from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.models.codec import Codec
+from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.registry import REGISTRY
-from ldm_ray.models.tabled import TabledDenoiser
-from ldm_ray.tiles import Tiles
+from ldm_ray.models.tabled import for_sampling
+from ldm_ray.models.unet import UNet
+from ldm_ray.tiles import PIXEL_SIZES, SIZES, Tiles
 
 ENGINE = 1  # goes up with every change to what a seed's bytes are
 DEFAULT = SamplingConfig()
@@ -44,8 +45,8 @@ class Generator:
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        codec: LatentCodec,
+        denoiser: ConditionedDenoiser,
+        codec: Codec,
         schedule: NoiseSchedule,
         device: torch.device | str = "cpu",
         prediction_type: str = "epsilon",
@@ -55,9 +56,10 @@ class Generator:
         self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
         self.class_names = numbered(denoiser.num_classes)
         self.sha256 = ""
-        self.tiles = Tiles(self._all_matrix_work, codec.latent_dim, self.device)
-        tabled = partial(TabledDenoiser, denoiser.to(self.device).eval())
-        self.denoiser: TabledDenoiser = self.tiles.map(tabled, [schedule.num_train_timesteps])[0]
+        sizes = PIXEL_SIZES if isinstance(denoiser, UNet) else SIZES
+        self.tiles = Tiles(self._all_matrix_work, codec.latent_dim, self.device, sizes)
+        fastest = partial(for_sampling, denoiser.to(self.device).eval())
+        self.denoiser: Denoise = self.tiles.map(fastest, [schedule.num_train_timesteps])[0]
 
     @classmethod
     def open(
@@ -75,9 +77,8 @@ class Generator:
     @classmethod
     def of(cls, loaded: DiffusionCheckpoint, device: torch.device | str = "cpu") -> Generator:
         """From a checkpoint that was read with its autoencoder."""
-        assert loaded.autoencoder is not None
-        codec = loaded.autoencoder.codec
-        made = cls(loaded.denoiser, codec, loaded.schedule, device, loaded.prediction_type)
+        assert loaded.codec is not None
+        made = cls(loaded.denoiser, loaded.codec, loaded.schedule, device, loaded.prediction_type)
         made.sha256, made.class_names = loaded.sha256, loaded.class_names
         return made
 
@@ -221,7 +222,7 @@ def load(
     ``search`` by its recorded type. Raises CheckpointError, also when there is none.
     """
     loaded = load_diffusion(path, ae_ckpt, force)
-    if loaded.autoencoder is None:
+    if loaded.codec is None:
         args = loaded.info.get("args", {})
         found = recorded_autoencoder(args, search)
         if found is None:

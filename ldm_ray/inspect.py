@@ -54,7 +54,10 @@ def describe(path: Path) -> dict[str, Any]:
         "averaged_weights": "ema" in content,
         "resumable": "training" in content,
     }
-    if carried:
+    if kind == "pixel_diffusion":
+        assert diffusion.codec is not None
+        found["image_size"] = diffusion.codec.image_size
+    elif carried:
         size = {"image_size": carried.codec.image_size}
         found["autoencoder"] = {"type": carried.codec.kind} | size | {"path": carried.path, "sha256": carried.sha256}
     else:

@@ -23,7 +23,8 @@ def option(default: Any, help: str, **rules: Any) -> Any:
 
 
 def by_recipe(help: str, recipes: dict[str, Any], **rules: Any) -> Any:
-    """A field whose default is the one of ``recipes`` that the configuration's ``recipe`` names."""
+    """A field whose default is the one of ``recipes`` that the configuration's ``recipe`` names, or, where there is
+    one, its ``recipe`` and ``space``: "best, pixel"."""
     kind = type(next(iter(recipes.values())))
     return option(None, help, recipes=recipes, **{"kind": kind, **rules})
 
@@ -90,10 +91,12 @@ class Config:
 
     def __post_init__(self) -> None:
         recipe = getattr(self, "recipe", None)
+        special = f"{recipe}, {getattr(self, 'space', None)}"  # where a space has a default of its own
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None and "recipes" in field.metadata:
-                value = field.metadata["recipes"].get(recipe)  # a wrong recipe is refused as such below
+                recipes = field.metadata["recipes"]
+                value = recipes.get(special, recipes.get(recipe))  # a wrong recipe is refused as such below
             object.__setattr__(self, field.name, check_value(field, value))
 
     def to_dict(self) -> dict[str, Any]:

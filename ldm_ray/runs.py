@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm_ray.checkpoint import AutoencoderCheckpoint, load_autoencoder, read
-from ldm_ray.config import AutoencoderConfig, RunConfig
+from ldm_ray.config import SPACES, AutoencoderConfig, RunConfig
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models.registry import REGISTRY
 
@@ -92,7 +92,7 @@ def run_stem(config: RunConfig) -> str:
     start = f"d{digit}-bs{config.batch_size}-lr{config.lr:g}"
     if isinstance(config, AutoencoderConfig):
         return f"ae-{config.model}-{start}-D{config.latent_dim}-seed{config.seed}"
-    return f"latent-diffusion-{start}-T{config.num_train_timesteps}-seed{config.seed}"  # type: ignore[attr-defined]
+    return f"{config.space}-diffusion-{start}-T{config.num_train_timesteps}-seed{config.seed}"  # type: ignore[attr-defined]
 
 
 def new_run(config: RunConfig, outdir: Path) -> RunPaths:
@@ -122,15 +122,15 @@ def check_writable(outdir: Path) -> None:
         raise ConfigError(f"--outdir {outdir} cannot be written: {error.strerror or error}") from None
 
 
-def diffusion_checkpoints(base: Path) -> list[Path]:
+def diffusion_checkpoints(base: Path, spaces: Sequence[str] = SPACES) -> list[Path]:
     """The ``latest.pt`` of every denoiser run under an output directory, the newest first."""
-    found = (base / "checkpoints").glob("latent-diffusion-*/latest.pt")
+    found = [file for space in spaces for file in (base / "checkpoints").glob(f"{space}-diffusion-*/latest.pt")]
     return sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
 
 
-def newest_diffusion(base: Path) -> Path | None:
+def newest_diffusion(base: Path, spaces: Sequence[str] = SPACES) -> Path | None:
     """The first of them."""
-    return next(iter(diffusion_checkpoints(base)), None)
+    return next(iter(diffusion_checkpoints(base, spaces)), None)
 
 
 def find_autoencoder(

@@ -17,7 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-SIZES = {"cpu": (16, 32, 64, 128, 256), "mps": (16, 64, 256), "cuda": (64, 1024, 16384)}
+Sizes = dict[str, tuple[int, ...]]
+SIZES: Sizes = {"cpu": (16, 32, 64, 128, 256), "mps": (16, 64, 256), "cuda": (64, 1024, 16384)}
+PIXEL_SIZES: Sizes = {"cpu": (1, 2, 4, 8, 16, 32), "mps": (4, 16, 64), "cuda": (16, 128, 1024)}  # a U-Net's
 A = TypeVar("A")
 R = TypeVar("R")
 Compute = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
@@ -27,9 +29,9 @@ class Tiles:
     """compute(latents (n, D), t (n,) int64, labels (n,) int64) → tensors (n, …): all work whose bits could
     depend on n."""
 
-    def __init__(self, compute: Compute, dim: int, device: torch.device) -> None:
+    def __init__(self, compute: Compute, dim: int, device: torch.device, sizes: Sizes = SIZES) -> None:
         self.compute, self.dim, self.device = compute, dim, device
-        self.sizes = SIZES[device.type]
+        self.sizes = sizes[device.type]
         self.threads = torch.get_num_threads() if device.type == "cpu" else 1
         self.pool = ThreadPoolExecutor(self.threads, "tile", initializer=torch.set_num_threads, initargs=(1,))
         self._wanted: list[Tensor] = []

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 from ldm_ray import checkpoint, cli
-from ldm_ray.config import EvaluateConfig, SamplingConfig
+from ldm_ray.config import SamplingConfig
 from ldm_ray.data.sources import load_source
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import ConfigError
 from ldm_ray.evaluate import PROG, main
 from ldm_ray.generator import Generator
 from ldm_ray.metrics import evaluation
+from ldm_ray.metrics.config import EvaluateConfig
 from ldm_ray.metrics.floors import autoencoder_hash, chosen, reconstruct
 from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_ray.metrics.lenet import Classifiers

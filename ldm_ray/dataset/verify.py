@@ -83,8 +83,7 @@ def open_generator(request: Request, manifest: Mapping[str, Any], config: Verify
         raise ConfigError(f"{path} is not the dataset's checkpoint, SHA-256 {request.checkpoint_sha256}: see --ckpt")
     ae_ckpt = config.ae_ckpt or manifest.get("ae_ckpt")
     model = load(path, Path(ae_ckpt).expanduser() if ae_ckpt else None, force=True, search=[path.parent])
-    assert model.autoencoder is not None
-    if model.autoencoder.sha256 != request.autoencoder_sha256:
+    if model.autoencoder_sha256 != request.autoencoder_sha256:
         raise ConfigError(f"the dataset's autoencoder has SHA-256 {request.autoencoder_sha256}: name it by --ae-ckpt")
     return Generator.of(model, device)
 

@@ -23,6 +23,7 @@ from ldm_ray.distributed.cluster import connected, use_gpu
 from ldm_ray.distributed.encode import encode, record_of
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models.registry import check_size
+from ldm_ray.models.unet import check_unet
 from ldm_ray.runs import RunPaths
 from ldm_ray.training.fit import Job
 
@@ -50,21 +51,36 @@ def train_autoencoder(config: AutoencoderConfig) -> Outcome:
 def train(config: TrainConfig) -> Outcome:
     """``python -m ldm_ray.train``: images → latents (Ray Data) → denoiser (Ray Train).
 
-    Without an autoencoder anywhere, trains one first: Conv with a GPU, MLP without.
+    Without an autoencoder anywhere, trains one first: Conv with a GPU, MLP without. ``--space pixel`` needs none:
+    images → pixels (Ray Data) → U-Net (Ray Train).
     """
     base = outdir(config.outdir)
     runs.check_writable(base)
     paths, content = resumed(config, base)
-    found = autoencoder_of(config, base, content)
+    pixels, found = config.space == "pixel", None
+    if not pixels:
+        found = autoencoder_of(config, base, content)
     with connected():
-        latents = latents_of(config, base, found)
-        if isinstance(latents, Outcome):
-            return latents
-        # A resumed run keeps the statistics it began with
-        found = latents.whitened if content is None and config.whiten else latents.autoencoder
+        if pixels:
+            source, folder = pixels_of(config, base)
+        else:
+            latents = latents_of(config, base, found)
+            if isinstance(latents, Outcome):
+                return latents
+            source, folder = latents.source, latents.folder
+            # A resumed run keeps the statistics it began with
+            found = latents.whitened if content is None and config.whiten else latents.autoencoder
         cache = cache_dir(config.cache_dir)
         test = load_source(config.dataset, "test", cache, config.only_digit) if config.evaluate_every else None
-        return _fit(config, latents.source, latents.folder, base, paths, content, found, test)
+        return _fit(config, source, folder, base, paths, content, found, test)
+
+
+def pixels_of(config: TrainConfig, base: Path) -> tuple[ImageSource, Path]:
+    """(the images, the folder with them as pixels), within ``connected()``."""
+    use_gpu(config.device)
+    source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
+    check_unet(source.image_size, config.hidden_dim)
+    return source, encode(source, None, base, config.encode_workers, config.device)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ldm_ray.errors import ConfigError
 from ldm_ray.generator import Generator, load
 from ldm_ray.latents.config import TsneConfig
 from ldm_ray.metrics.floors import encode
-from ldm_ray.models.codec import LatentStatistics
+from ldm_ray.models.codec import LatentCodec, LatentStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,9 @@ def gather(config: TsneConfig) -> Clouds:
     for found in autoencoders:
         codec = found.codec.with_statistics(LatentStatistics.identity(found.codec.latent_dim)).to(device)
         latents = [encode(codec, test.images)]
-        if denoiser is not None and made is not None and sampled is not None:
-            assert denoiser.autoencoder is not None
-            own = denoiser.autoencoder.sha256 == found.sha256
-            latents.append(sampled if own else encode(codec, made.images))
+        if denoiser is not None and made is not None:
+            own = sampled if denoiser.autoencoder_sha256 == found.sha256 else None
+            latents.append(encode(codec, made.images) if own is None else own)
         clouds.append(Cloud(autoencoder=found, latents=torch.cat(latents)))
     return Clouds(test=test, made=made, clouds=clouds, class_names=class_names, source=source, denoiser=denoiser)
 
@@ -101,12 +100,12 @@ def denoiser_of(config: TsneConfig, given: list[Path], base: Path) -> DiffusionC
     if config.ckpt is None:
         return None
     path = Path(config.ckpt).expanduser()
-    carried = load_diffusion(path).autoencoder is not None
+    carried = load_diffusion(path).codec is not None
     return load(path, None if carried or not given else given[0], search=[path.parent, base])
 
 
 def default_autoencoder(denoiser: DiffusionCheckpoint | None, base: Path) -> AutoencoderCheckpoint:
-    found = denoiser.autoencoder if denoiser else runs.find_autoencoder(base)
+    found = (denoiser.autoencoder if denoiser else None) or runs.find_autoencoder(base)
     if found is None:
         raise ConfigError(
             f"no autoencoder under {base}: name one by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
@@ -124,8 +123,8 @@ def drawn(source: ImageSource, count: int, seed: int) -> Shown:
 
 def made_by(
     denoiser: DiffusionCheckpoint, count: int, config: TsneConfig, device: torch.device
-) -> tuple[Shown, Tensor]:
-    """(images, their raw latents (N, D)) of every class in turn."""
+) -> tuple[Shown, Tensor | None]:
+    """(images, their raw latents (N, D), None where pixels are diffused) of every class in turn."""
     if config.seed + count - 1 > MAX_SEED:
         raise ConfigError(f"--seed {config.seed} with {count} images goes beyond the last seed, {MAX_SEED}")
     generator, only = Generator.of(denoiser, device), denoiser.info.get("args", {}).get("only_digit")
@@ -135,4 +134,5 @@ def made_by(
     shown = Shown(
         images=generator.decode(whitened), labels=torch.tensor(labels), numbers=torch.tensor(seeds, dtype=torch.int64)
     )
-    return shown, generator.codec.colour(whitened).cpu()
+    codec = generator.codec
+    return shown, codec.colour(whitened).cpu() if isinstance(codec, LatentCodec) else None

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_ray.config import EvaluateConfig, SamplingConfig, cache_dir, outdir
+from ldm_ray.config import SamplingConfig, cache_dir, outdir
 from ldm_ray.data.examples import fingerprint
 from ldm_ray.data.images import write_bytes
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.errors import DataError
 from ldm_ray.generator import Generator
+from ldm_ray.metrics.config import EvaluateConfig
 from ldm_ray.metrics.floors import autoencoder_hash, floors
 from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers
 from ldm_ray.metrics.quality import Reference, quality
-from ldm_ray.models.codec import LatentCodec
+from ldm_ray.models.codec import Codec
 from ldm_ray.runs import floors_file
 
 FLOORS_VERSION = 1  # one more whenever the floors or the figures are defined anew
@@ -47,7 +48,7 @@ def evaluate(config: EvaluateConfig, generator: Generator, only_digit: int | Non
             raise DataError(f"evaluate measures with classifiers of {NUM_CLASSES} digits; {what} has {count} classes")
     reference = Reference.of(test[0], train[0], classifiers)
 
-    def measure_floors(codec: LatentCodec) -> dict[str, dict[str, Any]]:
+    def measure_floors(codec: Codec) -> dict[str, dict[str, Any]]:
         return floors(codec, train, test, reference, config.samples, config.baselines)
 
     found: dict[str, Any] = {"floors": kept_floors(config, generator.codec, sources, measure_floors), "samples": []}
@@ -140,9 +141,9 @@ def sd(values: list[float]) -> float | None:
 
 def kept_floors(
     config: EvaluateConfig,
-    codec: LatentCodec,
+    codec: Codec,
     sources: list[ImageSource],
-    measure: Callable[[LatentCodec], dict[str, dict[str, Any]]],
+    measure: Callable[[Codec], dict[str, dict[str, Any]]],
 ) -> dict[str, dict[str, Any]]:
     """The floors, from the output directory where they were measured before for the same autoencoder, images,
     count and classifiers."""

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from ldm_ray.data.images import to_float, to_uint8
 from ldm_ray.metrics.quality import Reference, quality
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.models.codec import Codec, LatentCodec, LatentStatistics
 
 SEED = 0  # of the choice of training images and of the mixtures, so that floors are the same everywhere
 BATCH = 1000
 COMPONENTS = (1, 10, 100)
 ROWS_PER_COMPONENT = 20  # with fewer latents than that the mixture is left out
-FLOOR_C = "train_decoded"
+FLOOR_A, FLOOR_C = "train", "train_decoded"
 log = logging.getLogger(__name__)
 
 
 def floors(
-    codec: LatentCodec,
+    codec: Codec,
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     reference: Reference,
@@ -42,17 +42,20 @@ def floors(
     - with baselines, ``gaussian``, ``gmm_10``, ``gmm_100`` (d): decoded samples of Gaussian mixtures with full
       covariances, fitted to the latents of all training images. They know no labels, so have no accuracy.
 
+    Pixel space has (a) alone: it decodes what it encodes, and 784 numbers are too many for a mixture.
+
     train, test: images (·, 1, 28, 28) uint8 and labels (·,) int64.
     """
     some, labels = chosen(train, count)
     tested, test_labels = chosen(test, count)
-    sets: list[tuple[str, Tensor, Tensor | None]] = [
-        ("train", some, labels),
-        ("test_decoded", reconstruct(codec, tested), test_labels),
-        (FLOOR_C, reconstruct(codec, some), labels),
-    ]
+    sets: list[tuple[str, Tensor, Tensor | None]] = [(FLOOR_A, some, labels)]
+    if isinstance(codec, LatentCodec):
+        sets.append(("test_decoded", reconstruct(codec, tested), test_labels))
+        sets.append((FLOOR_C, reconstruct(codec, some), labels))
+        if baselines:
+            sets += mixtures(codec, train[0], count)
     found = {}
-    for name, images, asked in [*sets, *(mixtures(codec, train[0], count) if baselines else ())]:
+    for name, images, asked in sets:
         found[name] = quality(images, asked, reference)
         log.info("floor %s: FD-LeNet %.2f", name, found[name]["fd_lenet"])
     return found
@@ -65,17 +68,17 @@ def chosen(images_labels: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Te
     return images[rows], labels[rows]
 
 
-def reconstruct(codec: LatentCodec, images: Tensor) -> Tensor:
+def reconstruct(codec: Codec, images: Tensor) -> Tensor:
     """decode(encode(images)), (N, 1, 28, 28) uint8 on the CPU, quantised as samples are."""
     return decode(codec, encode(codec, images))
 
 
-def encode(codec: LatentCodec, images: Tensor) -> Tensor:
+def encode(codec: Codec, images: Tensor) -> Tensor:
     """(N, 1, 28, 28) uint8 → (N, D) on the CPU."""
     return torch.cat([codec.encode(to_float(part.to(codec.mean.device))).cpu() for part in images.split(BATCH)])
 
 
-def decode(codec: LatentCodec, latents: Tensor) -> Tensor:
+def decode(codec: Codec, latents: Tensor) -> Tensor:
     """(N, D) → (N, 1, 28, 28) uint8 on the CPU."""
     return torch.cat([to_uint8(codec.decode(part.to(codec.mean.device))).cpu() for part in latents.split(BATCH)])
 
@@ -104,8 +107,11 @@ def mixtures(codec: LatentCodec, train: Tensor, count: int) -> Iterator[tuple[st
         )
 
 
-def autoencoder_hash(codec: LatentCodec) -> str:
-    """SHA-256 over the autoencoder's weights, by name; the whitening does not matter to the floors."""
+def autoencoder_hash(codec: Codec) -> str:
+    """SHA-256 over the autoencoder's weights, by name; the whitening does not matter to the floors. "pixels" in pixel
+    space."""
+    if not isinstance(codec, LatentCodec):
+        return codec.kind
     digest = hashlib.sha256()
     for name, tensor in sorted(codec.model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

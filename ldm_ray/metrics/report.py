@@ -13,13 +13,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ldm_ray.metrics.floors import FLOOR_C
+from ldm_ray.metrics.floors import FLOOR_A, FLOOR_C
 from ldm_ray.metrics.lenet import NUM_CLASSES
 from ldm_ray.metrics.neighbours import nearest
 from ldm_ray.metrics.quality import Reference
 
 FLOORS = {
-    "train": "(a) training images",
+    FLOOR_A: "(a) training images",
     "test_decoded": "(b) test images, decoded",
     FLOOR_C: "(c) training images, decoded",
     "gaussian": "(d) one Gaussian",
@@ -29,7 +29,7 @@ FLOORS = {
 }
 COLUMNS = {  # figure: (heading, digits after the point)
     "fd_lenet": ("FD-LeNet", 2),
-    "times_c": ("x (c)", 2),
+    "times_floor": ("x {}", 2),
     "precision": ("precision", 3),
     "recall": ("recall", 3),
     "density": ("density", 3),
@@ -44,15 +44,16 @@ TINT = np.array([255, 190, 90])  # of the training images in the picture
 
 def table(found: dict[str, Any]) -> str:
     """The floors, then the samples with their standard deviations below, then what was made of each digit."""
-    floor = found["floors"][FLOOR_C]["fd_lenet"]
-    lines = [" " * 29 + "".join(f"{heading:>10}" for heading, _ in COLUMNS.values())]
+    lowest, floor = floor_of(found)
+    letter = FLOORS[lowest][:3]
+    lines = [" " * 29 + "".join(f"{heading.format(letter):>10}" for heading, _ in COLUMNS.values())]
     lines += [line(FLOORS[name], row, floor) for name, row in found["floors"].items()]
     for row in found["samples"]:
         lines.append(line(f"samples, guidance {row['guidance_scale']:g}", row["mean"], floor))
         if row["sd"]["fd_lenet"] is not None:
             lines.append(line("    ±", row["sd"], floor))
     lines += ["", f"{'digit':<29}" + "".join(f"{digit:>8}" for digit in range(NUM_CLASSES))]
-    for name, row in [("(c)", found["floors"][FLOOR_C])] + [
+    for name, row in [(letter, found["floors"][lowest])] + [
         (f"guidance {row['guidance_scale']:g}", row["mean"]) for row in found["samples"]
     ]:
         share = [count / row["count"] for count in row["histogram"]]
@@ -61,8 +62,14 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def floor_of(found: dict[str, Any]) -> tuple[str, float]:
+    """(name, FD-LeNet) of the floor that samples are held against: (c), or (a) in pixel space, which has no other."""
+    lowest = FLOOR_C if FLOOR_C in found["floors"] else FLOOR_A
+    return lowest, found["floors"][lowest]["fd_lenet"]
+
+
 def line(name: str, row: dict[str, Any], floor: float) -> str:
-    row = row | {"times_c": row["fd_lenet"] / floor if floor else None}
+    row = row | {"times_floor": row["fd_lenet"] / floor if floor else None}
     return f"{name:<29}" + "".join(cells([row.get(figure)], 10, digits) for figure, (_, digits) in COLUMNS.items())
 
 

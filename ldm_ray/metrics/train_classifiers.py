@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_ray import cli
-from ldm_ray.config import ClassifiersConfig, cache_dir
+from ldm_ray.config import cache_dir
+from ldm_ray.metrics.config import ClassifiersConfig
 
 PROG = "python -m ldm_ray.metrics.train_classifiers"
 BATCH, WEIGHT_DECAY = 128, 1e-2

@@ -1,10 +1,11 @@
-"""The frozen autoencoder with its latent statistics: images ↔ whitened latents.
+"""Images ↔ what is diffused: the frozen autoencoder with its latent statistics, or the pixels as they are.
 
-Shapes: B batch, D latent.
+Shapes: B batch, D latent, which in pixel space is all pixels of an image, row by row.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -49,8 +50,54 @@ class LatentStatistics:
         return (vectors / scale) @ vectors.T, (vectors * scale) @ vectors.T
 
 
-class LatentCodec(nn.Module):
-    """A frozen autoencoder. Nothing in it ever trains: no gradients, always in evaluation mode.
+class Codec(nn.Module, ABC):
+    """Nothing in it ever trains: no gradients, always in evaluation mode. ``mean`` (D,) says which device it is on."""
+
+    kind: str
+    latent_dim: int
+    image_size: tuple[int, int]
+    mean: Tensor
+
+    def train(self, mode: bool = True) -> Codec:
+        """Stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W) float in [0, 1] → latents (B, D) of about unit size."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, D) → images (B, 1, H, W) float in [0, 1]."""
+
+    @abstractmethod
+    def whiten(self, raw: Tensor) -> Tensor:
+        """What examples are kept as (B, D) → latents."""
+
+
+class PixelCodec(Codec):
+    """Pixels themselves, from −1 for 0 to 1 for 255 (DDPM, arXiv:2006.11239, section 3.3)."""
+
+    kind = "pixels"
+
+    def __init__(self, image_size: tuple[int, int] = registry.IMAGE_SIZE) -> None:
+        super().__init__()
+        self.image_size, self.latent_dim = image_size, image_size[0] * image_size[1]
+        self.register_buffer("mean", torch.zeros(self.latent_dim), persistent=False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.flatten(1) * 2 - 1
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return ((latents + 1) / 2).clamp(0, 1).view(-1, 1, *self.image_size)
+
+    def whiten(self, raw: Tensor) -> Tensor:
+        """uint8 (B, D) → (B, D) in [−1, 1]."""
+        return self.encode(raw.float() / 255)
+
+
+class LatentCodec(Codec):
+    """A frozen autoencoder with the statistics of its latents.
 
     The statistics are buffers of its own; the autoencoder's weights are untouched by them.
     """
@@ -58,7 +105,6 @@ class LatentCodec(nn.Module):
     model: Any
     whitening: Tensor
     colouring: Tensor
-    mean: Tensor
 
     def __init__(self, model: nn.Module, kind: str, statistics: LatentStatistics | None = None) -> None:
         super().__init__()
@@ -93,10 +139,6 @@ class LatentCodec(nn.Module):
     def with_statistics(self, statistics: LatentStatistics) -> LatentCodec:
         """The same autoencoder with other statistics."""
         return LatentCodec(self.model, self.kind, statistics)
-
-    def train(self, mode: bool = True) -> LatentCodec:
-        """Stays in evaluation mode whatever is asked."""
-        return super().train(False)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -9,11 +9,22 @@ Shapes: B batch, D latent, H hidden, L layers, T timesteps, C classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser, FiLMLayer
+
+
+def for_sampling(denoiser: ConditionedDenoiser, num_train_timesteps: int) -> Any:
+    """``denoise(xt (B, D), t (B,), labels (B,)) → (B, D)`` with ``num_classes`` and ``null_label``, in its fastest
+    exact form: the tables for latents; a U-Net as it is, since its convolutions are nearly all of its work."""
+    if isinstance(denoiser, Denoiser):
+        return TabledDenoiser(denoiser, num_train_timesteps)
+    return denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class TabledDenoiser:

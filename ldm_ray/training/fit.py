@@ -76,12 +76,16 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
     held = examples.take(val_rows)
     val_data, val_labels = task.prepare(held), held.labels
     del examples, mine, held
-    best = {"val_loss": math.inf, "epoch": 0}
+    best, before, began = {"val_loss": math.inf, "epoch": 0}, 0.0, time.perf_counter()
     if job.paths.latest.exists():
         content, _ = checkpoint.read(job.paths.latest)
         fitter.load(content)
-        best = content["training"]["best"]
+        best, before = content["training"]["best"], content.get("train_seconds", 0.0)
     recorder = Recorder(job.paths, config, fitter) if first else None
+
+    def kept() -> dict[str, Any]:
+        """What a checkpoint says of the run so far."""
+        return {"best": best, "train_seconds": before + time.perf_counter() - began}
 
     def pause(step: int) -> bool:
         if recorder:
@@ -94,7 +98,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
         started, from_step = time.perf_counter(), fitter.step
         if not fitter.run_epoch(pause):
             if first:
-                save(task, fitter, job, best, {}, epoch_file=False)
+                save(task, fitter, job, kept(), {}, epoch_file=False)
             report({"stopped": True, "epoch": fitter.epoch, "step": fitter.step})
             return
         images = (fitter.steps_per_epoch - from_step) * config.batch_size
@@ -123,7 +127,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
         last = early or stop or fitter.epoch == config.epochs
         if recorder:
             if last or config.writes(fitter.epoch):
-                save(task, fitter, job, best, metrics, epoch_file=True, finished=early)
+                save(task, fitter, job, kept(), metrics, epoch_file=True, finished=early)
             if config.generate_images:
                 task.picture(fitter.averaged, job.paths.sample(fitter.epoch), val_data.to(place.device))
             recorder.epoch(metrics)
@@ -138,7 +142,7 @@ def save(
     task: Task,
     fitter: Fitter,
     job: Job,
-    best: dict[str, Any],
+    kept: dict[str, Any],
     metrics: dict[str, Any],
     epoch_file: bool,
     finished: bool = False,
@@ -146,12 +150,12 @@ def save(
     """Writes ``latest.pt`` and, without what only resuming needs, the epoch's own file."""
     paths = job.paths
     rest = {"epoch": fitter.epoch, "global_step": fitter.global_step, "exp_name": paths.name, "metrics": metrics}
-    rest["data"] = job.data
+    rest |= {"data": job.data, "train_seconds": kept["train_seconds"]}
     rest |= {key: metrics[key] for key in ("train_loss", "val_loss") if key in metrics}
     content = task.content(fitter.averaged, **rest)
     if epoch_file:
         checkpoint.write(paths.checkpoint(fitter.epoch), content)
-    training = fitter.state() | {"best": best, "finished": finished}
+    training = fitter.state() | {"best": kept["best"], "finished": finished}
     checkpoint.write(paths.latest, content | {"training": training})
 
 

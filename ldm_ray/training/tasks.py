@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_ray import checkpoint
-from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.config import MAX_SEED, AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.data.examples import Examples
 from ldm_ray.data.images import save_grid, to_float, to_uint8
@@ -19,7 +18,11 @@ from ldm_ray.diffusion.objective import denoising_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.generator import Generator
 from ldm_ray.models import registry
+from ldm_ray.models.codec import Codec, PixelCodec
+from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.models.unet import UNet
+from ldm_ray.restore import AutoencoderCheckpoint, from_embedded
 
 
 class Task(ABC):
@@ -89,22 +92,33 @@ class Logits(nn.Module):
 
 
 class DenoiserTask(Task):
-    """Whitened latents and labels in; noise, v or x0 out."""
+    """Whitened latents, or pixels, and labels in; noise, v or x0 out. autoencoder: None in pixel space."""
 
     def __init__(
-        self, config: TrainConfig, autoencoder: AutoencoderCheckpoint, num_classes: int, device: torch.device
+        self,
+        config: TrainConfig,
+        codec: Codec,
+        autoencoder: AutoencoderCheckpoint | None,
+        num_classes: int,
+        device: torch.device,
     ) -> None:
-        self.config, self.autoencoder = config, autoencoder
+        self.config, self.codec, self.autoencoder = config, codec, autoencoder
         self.schedule = NoiseSchedule(
             config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule
         )
         self.noiser = Noiser(self.schedule, device)
-        self.denoiser = Denoiser(autoencoder.codec.latent_dim, config.hidden_dim, num_classes).to(device)
+        self.denoiser: ConditionedDenoiser
+        if autoencoder is None:
+            self.denoiser = UNet(codec.image_size, config.hidden_dim, num_classes)
+            self.denoiser.to(memory_format=torch.channels_last)
+        else:
+            self.denoiser = Denoiser(codec.latent_dim, config.hidden_dim, num_classes)
+        self.denoiser.to(device)
         self.model: nn.Module = self.denoiser
         self.device, self.ema_decay = device, config.ema_decay
 
     def prepare(self, examples: Examples) -> Tensor:
-        return self.autoencoder.codec.cpu().whiten(examples.vectors)  # (N, D)
+        return self.codec.cpu().whiten(examples.vectors)  # (N, D)
 
     def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         null, config = self.denoiser.null_label, self.config
@@ -112,14 +126,14 @@ class DenoiserTask(Task):
         return denoising_loss(forward, self.noiser, batch, labels, null, *how)
 
     def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
-        assert isinstance(ema, Denoiser)
+        assert isinstance(ema, ConditionedDenoiser)
         return checkpoint.diffusion_content(
             self.denoiser, ema, self.schedule, self.autoencoder, self.config.to_dict(), **rest
         )
 
     def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
-        assert isinstance(ema, Denoiser)
-        make = Generator(ema, self.autoencoder.codec, self.schedule, self.device, self.config.prediction_type)
+        assert isinstance(ema, ConditionedDenoiser)
+        make = Generator(ema, self.codec, self.schedule, self.device, self.config.prediction_type)
         count, digit = self.config.samples_per_epoch, self.config.only_digit
         seeds = [(self.config.seed + i) % (MAX_SEED + 1) for i in range(count)]
         save_grid(make(seeds, [i % make.num_classes if digit is None else digit for i in range(count)]), path)
@@ -138,6 +152,10 @@ def build_task(
         height, width = told.get("image_size", registry.IMAGE_SIZE)
         return AutoencoderTask(config, (height, width), device)
     assert isinstance(config, TrainConfig)
-    found = checkpoint.from_embedded(autoencoder, Path("the autoencoder of this run"))
+    num_classes = len(told.get("class_names", range(10)))
+    if config.space == "pixel":
+        height, width = told.get("image_size", registry.IMAGE_SIZE)
+        return DenoiserTask(config, PixelCodec((height, width)), None, num_classes, device)
+    found = from_embedded(autoencoder, Path("the autoencoder of this run"))
     assert found is not None
-    return DenoiserTask(config, found, len(told.get("class_names", range(10))), device)
+    return DenoiserTask(config, found.codec, found, num_classes, device)

@@ -1,0 +1,115 @@
+"""Puts checkpoints side by side: diffusion of latents beside diffusion of pixels.
+
+python -m ldm_ray.train && python -m ldm_ray.train --space pixel
+python -m ldm_ray.compare                                    the newest of each
+python -m ldm_ray.compare --ckpt latents.pt pixels.pt --dataset FOLDER
+python -m ldm_ray.compare --ckpt a.pt b.pt --samples 0       speed and memory alone
+
+Written: a table (comparison.md, comparison.json) and the same seeds by each of them (comparison.png).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_ray import cli
+from ldm_ray.config import outdir
+from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.metrics.config import CompareConfig
+
+PROG = "python -m ldm_ray.compare"
+ROWS = 8  # of images of each class in the picture
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = cli.parse_config(CompareConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    output = Path(config.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
+    from ldm_ray import runs
+    from ldm_ray.checkpoint import versions
+    from ldm_ray.data.images import encode_png, write_bytes
+    from ldm_ray.devices import pick_device
+    from ldm_ray.metrics import comparison
+    from ldm_ray.metrics.picture import side_by_side
+
+    base, device = outdir(config.outdir), pick_device(config.device)
+    paths = [Path(path).expanduser() for path in config.ckpt or ()] or newest(base)
+    loaded = [load_checked(path, base, config) for path in paths]
+    for folder in (base, output):
+        runs.check_writable(folder)
+    rows: list[dict[str, Any]] = []
+    for name, path, model in zip(comparison.names_of(paths), paths, loaded, strict=True):
+        log.info("%s: speed and memory", name)
+        row = {"name": name, "path": str(path), "sha256": model.sha256} | comparison.facts(model, config.sampling)
+        asked = (path, device.type, config.sampling, config.sizes(), config.repeats)
+        row |= comparison.apart(comparison.sampling_speed, *asked)
+        row |= comparison.apart(comparison.training_speed, path, device.type)
+        rows.append(row)
+    panels = [(row["name"], images_of(model, device, config)) for row, model in zip(rows, loaded, strict=True)]
+    write_bytes(output / "comparison.png", encode_png(side_by_side(panels)))
+    if config.samples:
+        for row, path, model in zip(rows, paths, loaded, strict=True):
+            row |= measured(model, path, device, config)
+    text = comparison.table(rows)
+    about = {"settings": config.to_dict(), "device": device.type, "versions": versions()}
+    write_bytes(output / "comparison.json", comparison.to_json(about | {"checkpoints": rows}))
+    write_bytes(output / "comparison.md", (text + "\n").encode())
+    print(f"{text}\n\nin {output}: comparison.md, comparison.json, and the same seeds by each in comparison.png")
+    return 0
+
+
+def newest(base: Path) -> list[Path]:
+    """The newest checkpoint of each space. ConfigError unless there is one of each."""
+    from ldm_ray import runs
+    from ldm_ray.config import SPACES
+
+    found = {space: runs.newest_diffusion(base, (space,)) for space in SPACES}
+    for space, path in found.items():
+        if path is None:
+            raise ConfigError(
+                f"no checkpoint of --space {space} under {base}: name some by --ckpt, or make one with "
+                f"python -m ldm_ray.train --space {space}"
+            )
+    return [path for path in found.values() if path is not None]
+
+
+def load_checked(path: Path, base: Path, config: CompareConfig) -> Any:
+    """A checkpoint that can be measured. CheckpointError when it cannot."""
+    from ldm_ray.diffusion.samplers import plan_of
+    from ldm_ray.generator import load
+
+    found = load(path, search=[path.parent, base])
+    plan_of(found.schedule, config.sampling, found.prediction_type)  # more steps than timesteps are refused here
+    if not found.info.get("config"):
+        raise CheckpointError(f"{path} does not say how it was trained; compare takes checkpoints of this version")
+    return found
+
+
+def images_of(model: Any, device: Any, config: CompareConfig) -> Any:
+    """ROWS images of each class (N, 1, H, W) uint8, a column for each class."""
+    from ldm_ray.generator import Generator
+
+    generator, only = Generator.of(model, device), model.info.get("args", {}).get("only_digit")
+    classes = range(generator.num_classes) if only is None else [only]
+    count = ROWS * len(classes)
+    return generator(range(count), [classes[i % len(classes)] for i in range(count)], config.sampling)
+
+
+def measured(model: Any, path: Path, device: Any, config: CompareConfig) -> dict[str, Any]:
+    """The quality of a checkpoint's images and the floor beside it."""
+    from ldm_ray.generator import Generator
+    from ldm_ray.metrics.evaluation import evaluate
+    from ldm_ray.metrics.report import floor_of
+
+    only = model.info.get("args", {}).get("only_digit")
+    found, _ = evaluate(config.evaluation(str(path)), Generator.of(model, device), only)
+    return {"quality": found["samples"][0], "floor": floor_of(found)[1], "floors": found["floors"]}
+
+
+if __name__ == "__main__":
+    cli.run(main, PROG)

@@ -1,0 +1,31 @@
+"""Images of several checkpoints beside each other, a panel each. N images, H height, W width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ldm_ray.data.images import grid
+
+SCALE, GAP, HEAD = 2, 16, 22  # enlargement, pixels between panels, room for a panel's name
+
+
+def side_by_side(panels: Sequence[tuple[str, Tensor]], columns: int = 10) -> np.ndarray:
+    """(H', W', 3) uint8 of named images (N, 1, H, W) uint8, in so many columns at most."""
+    grids = [(name, np.kron(grid(images, columns), np.ones((SCALE, SCALE), np.uint8))) for name, images in panels]
+    width = sum(made.shape[1] for _, made in grids) + GAP * (len(grids) - 1)
+    canvas = np.full((HEAD + max(made.shape[0] for _, made in grids), width, 3), 24, dtype=np.uint8)
+    places, left = [], 0
+    for _, made in grids:
+        canvas[HEAD : HEAD + made.shape[0], left : left + made.shape[1]] = made[..., None]
+        places.append(left)
+        left += made.shape[1] + GAP
+    drawn = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(drawn)
+    for (name, made), left in zip(grids, places, strict=True):
+        fits = max(1, made.shape[1] // 6)  # letters of Pillow's own font
+        pen.text((left + 4, 5), name if len(name) <= fits else "…" + name[1 - fits :], fill=(220, 220, 220))
+    return np.asarray(drawn)

@@ -1,0 +1,272 @@
+"""Diffusion of pixels: the U-Net, and the same engine, checkpoints and commands as for latents."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from test_pipeline import command, finish, only, same_weights
+from test_slots import Waited
+
+from ldm_ray import checkpoint, compare, infer
+from ldm_ray.config import SamplingConfig, TrainConfig
+from ldm_ray.data.images import to_float, to_uint8
+from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.generator import Generator
+from ldm_ray.models.codec import PixelCodec
+from ldm_ray.models.unet import UNet
+from ldm_ray.slots import Slots
+from ldm_ray.training.fitter import Fitter
+from ldm_ray.training.tasks import build_task
+
+FEW = SamplingConfig(num_inference_steps=3)
+CPU = torch.device("cpu")
+
+
+def busy_unet(image_size: tuple[int, int] = (28, 28)) -> UNet:
+    """Random weights everywhere: at the start of training the last ones are zero."""
+    model, random_ = UNet(image_size, 8), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(std=0.1, generator=random_)
+            if "norm" in name and name.endswith("weight"):
+                weight.add_(1)
+    return model.eval()
+
+
+def write(path: Path, model: UNet, **config: object) -> Path:
+    settings = TrainConfig(space="pixel", hidden_dim=8, **config).to_dict()  # type: ignore[arg-type]
+    content = checkpoint.diffusion_content(model, model, NoiseSchedule(), None, settings, epoch=1, train_seconds=2.0)
+    checkpoint.write(path, content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("pixels") / "latest.pt", busy_unet())
+
+
+@pytest.fixture(scope="module")
+def generator(ckpt: Path) -> Generator:
+    return Generator.open(ckpt)[0]
+
+
+# --- network and pixels ---
+
+
+def test_pixels_come_back_exactly() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    codec = PixelCodec((16, 16))
+    latents = codec.encode(to_float(images))
+    assert latents.min() == -1 and latents.max() == 1
+    assert torch.equal(codec.whiten(images.flatten(1)), latents)
+    assert torch.equal(to_uint8(codec.decode(latents)), images)
+
+
+def test_a_fresh_unet_predicts_nothing_and_depends_on_time_and_class_once_trained() -> None:
+    xt, t = torch.randn(3, 784, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 5, 900])
+    assert not UNet(hidden_dim=8)(xt, t, torch.tensor([1, 2, 10])).any()
+    model = busy_unet()
+    made = model(xt, t, torch.tensor([1, 2, 10]))
+    assert made.shape == (3, 784)
+    torch.testing.assert_close(made[2:], model(xt[2:], t[2:]))  # the null label is no label
+    for other in (model(xt, t + 50, torch.tensor([1, 2, 10])), model(xt, t, torch.tensor([3, 4, 5]))):
+        assert ((other - made).abs().amax(dim=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "said"),
+    [((30, 28), 8, "30x28; --space pixel takes"), ((28, 28), 12, "multiple of 8"), ((260, 4), 8, "up to 256")],
+)
+def test_sizes_that_cannot_be_are_refused(size: tuple[int, int], width: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        UNet(size, width)
+
+
+def test_training_lowers_the_loss() -> None:
+    config = TrainConfig(space="pixel", hidden_dim=8, batch_size=32, epochs=40, lr=3e-3)
+    task = build_task(config, CPU, None, {"image_size": [8, 8], "class_names": ["a", "b"]})
+    labels = torch.arange(32) % 2
+    data = torch.full((32, 64), -1.0)
+    data[labels == 1, :32] = 1.0
+    fitter = Fitter(task, task.model, config, data, labels, 32, 0, 1, CPU)
+    losses = []
+    while fitter.epoch < config.epochs:
+        fitter.run_epoch(lambda _: False)
+        losses.append(fitter.end_epoch())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+# --- checkpoints and settings ---
+
+
+def test_a_checkpoint_is_read_back(ckpt: Path, tmp_path: Path, ae_file: Path) -> None:
+    assert checkpoint.read(ckpt)[1] == "pixel_diffusion"
+    found = checkpoint.load_diffusion(ckpt)
+    assert isinstance(found.denoiser, UNet) and found.codec is not None and found.autoencoder is None
+    assert found.codec.kind == "pixels" and found.autoencoder_sha256 == "" and found.info["train_seconds"] == 2.0
+    assert all(torch.equal(a, b) for a, b in zip(found.denoiser.parameters(), busy_unet().parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="has no autoencoder: leave --ae-ckpt out"):
+        checkpoint.load_diffusion(ckpt, ae_file)
+    other = checkpoint.load_diffusion(write(tmp_path / "a.pt", busy_unet((32, 20))))
+    assert other.codec is not None and other.codec.image_size == (32, 20)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": [30, 30]},
+        {"image_size": "large"},
+        {"model": {"time.fc1.weight": torch.zeros(4, 4)}, "ema": None},
+        {"kind": "sound_diffusion"},
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(ckpt: Path, tmp_path: Path, change: dict) -> None:
+    checkpoint.write(tmp_path / "bad.pt", torch.load(ckpt, weights_only=True) | change)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_diffusion(tmp_path / "bad.pt")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_recipes_have_values_of_their_own_for_pixels() -> None:
+    pixel = TrainConfig(space="pixel")
+    assert (pixel.batch_size, pixel.lr, pixel.hidden_dim, pixel.whiten) == (128, 1e-3, 32, False)
+    assert pixel.prediction_type == TrainConfig().prediction_type == "v_prediction"
+    classic = TrainConfig(space="pixel", recipe="classic")
+    assert (classic.lr, classic.hidden_dim, classic.prediction_type) == (2e-4, 32, "epsilon")
+    assert TrainConfig(space="pixel", lr=1e-4).lr == 1e-4
+
+
+@pytest.mark.parametrize("given", [{"ae_ckpt": "a.pt"}, {"ae_ckpt_dir": "a"}, {"whiten": True}])
+def test_what_belongs_to_latents_is_refused(given: dict) -> None:
+    with pytest.raises(ConfigError, match="belongs to --space latent"):
+        TrainConfig(space="pixel", **given)
+
+
+# --- the same engine ---
+
+
+def test_images_do_not_depend_on_their_company(generator: Generator) -> None:
+    labels = [i % 10 for i in range(70)]
+    together = generator(range(70), labels, FEW)
+    assert together.float().std() > 1
+    for i in (0, 33, 69):
+        assert torch.equal(generator([i], [labels[i]], FEW)[0], together[i])
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim", "ddpm"])
+def test_slots_make_the_bytes_of_the_generator(generator: Generator, sampler: str) -> None:
+    dice, slots = random.Random(1), Slots(generator)
+    try:
+        settings = [
+            SamplingConfig(sampler=sampler, num_inference_steps=dice.randint(2, 14), guidance_scale=scale)
+            for scale in (1.0, 2.0, 1.0)
+        ]
+        jobs = [Waited(slots, dice.randint(1, 12), each, 100 * i) for i, each in enumerate(settings)]
+        for i, (waited, each) in enumerate(zip(jobs, settings, strict=True)):
+            job = waited.wait()
+            wanted = generator(range(100 * i, 100 * i + len(job.seeds)), job.labels, each)
+            assert torch.equal(job.images, wanted[:, 0])
+    finally:
+        slots.close()
+
+
+# --- the commands ---
+
+TRAIN = ["--space", "pixel", "--hidden-dim", "8", "--batch-size", "64", "--T", "50", "--beta-end", "0.2"]
+TRAIN += ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    flags = ["--dataset", digits_folder, "--outdir", out, "--epochs", 2, "--generate-images"]
+    finish(command("train", *flags, *TRAIN))
+    return out
+
+
+def test_training_from_images_to_images(trained: Path, tmp_path: Path) -> None:
+    run = only(trained / "checkpoints", "pixel-diffusion-dall-bs64-lr0.001-T50-seed42-*")
+    assert Image.open(only(trained / "samples", f"{run.name}/epoch_000002.png")).size == (122, 122)
+    lines = [json.loads(line) for line in (trained / "runs" / run.name / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    assert not list((trained / "checkpoints").glob("ae-*"))
+    assert infer.main(["--outdir", str(trained), "--output", str(tmp_path / "a.png"), "--num-images", "4"]) == 0
+    told = finish(command("inspect", run / "latest.pt", "--json"))
+    assert json.loads(told)["kind"] == "pixel_diffusion" and json.loads(told)["image_size"] == [28, 28]
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(trained: Path, tmp_path: Path, digits_folder: Path) -> None:
+    flags = ["--dataset", digits_folder, "--outdir", tmp_path, *TRAIN]
+    whole = only(trained / "checkpoints", "*/latest.pt")
+    early = [*flags, "--lr-schedule", "constant"]
+    finish(command("train", *early, "--epochs", 1))
+    finish(command("train", *early, "--epochs", 2, "--auto-resume"))
+    resumed = only(tmp_path / "checkpoints", "*/latest.pt")
+    finish(command("train", *early, "--outdir", tmp_path / "b", "--epochs", 2))
+    assert same_weights(resumed, only(tmp_path / "b" / "checkpoints", "*/latest.pt"))
+    assert not same_weights(resumed, whole)
+
+
+def test_a_dataset_of_generated_images(trained: Path, tmp_path: Path) -> None:
+    path = only(trained / "checkpoints", "*/latest.pt")
+    flags = ["--ckpt", path, "--seeds", "0-19", "--outdir", tmp_path / "out", "--shard-size", 10, "--save-latents"]
+    finish(command("generate", *flags, "--device", "cpu"))
+    rows = pq.read_table(sorted((tmp_path / "out").rglob("*.parquet"))[0])
+    generator = Generator.open(path)[0]
+    latents = np.stack(rows["latent"].to_numpy(zero_copy_only=False))
+    assert latents.shape == (10, 784)
+    wanted = generator(range(10), [i % 10 for i in range(10)])
+    assert torch.equal(generator.decode(torch.tensor(latents)), wanted)
+    assert "it diffuses pixels" in (tmp_path / "out" / "README.md").read_text()
+    finish(command("generate", "verify", tmp_path / "out", "--sample", 5))
+
+
+def test_compare_puts_latents_and_pixels_side_by_side(
+    trained: Path, tmp_path: Path, ae_file: Path, digits_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from conftest import busy_denoiser
+
+    pixels, latents = only(trained / "checkpoints", "*/latest.pt"), tmp_path / "latents.pt"
+    model, settings = busy_denoiser(), TrainConfig(batch_size=64).to_dict()
+    about = checkpoint.diffusion_content(
+        model, model, NoiseSchedule(), checkpoint.load_autoencoder(ae_file), settings, epoch=4, train_seconds=8.0
+    )
+    checkpoint.write(latents, about)
+    flags = ["--ckpt", str(latents), str(pixels), "--dataset", str(digits_folder), "--output", str(tmp_path / "out")]
+    flags += ["--outdir", str(tmp_path), "--samples", "20", "--batches", "1,3", "--repeats", "1", "--device", "cpu"]
+    assert compare.main(flags) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())["checkpoints"]
+    assert [row["space"] for row in found] == ["latent", "pixel"]
+    assert found[0]["operations_per_step"] == 2 * 532_480  # 16·256 + 8·256² + 256·16 multiplications and additions
+    assert found[0]["parameters"] > found[1]["parameters"]
+    assert found[0]["operations_per_image"] < found[1]["operations_per_image"]
+    assert found[0]["seconds_per_epoch"] == 2.0
+    for row in found:
+        assert set(row["ms_per_image"]) == {"1", "3"} and min(row["ms_per_image"].values()) > 0
+        assert row["train_images_per_s"] > 0 and row["quality"]["mean"]["fd_lenet"] > 0 and row["floor"] > 0
+    assert list(found[1]["floors"]) == ["train"]
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| FD-LeNet |" in text and text in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / "out" / "comparison.png"))
+    assert picture.ndim == 3 and picture.std() > 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--outdir", "EMPTY"], "no checkpoint of --space latent"),
+        (["--batches", "0"], "numbers from 1"),
+        (["--samples", "5"], "0 or at least 10"),
+    ],
+)
+def test_compare_refuses_in_one_line(flags: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compare.main([str(tmp_path) if flag == "EMPTY" else flag for flag in flags])
