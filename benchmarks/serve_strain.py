@@ -3,8 +3,9 @@
   python benchmarks/serve_strain.py --ckpt latest.pt
 
 One local Ray. For a minute requests arrive at five times the rate that the service finishes, while the memory of the
-replica is watched; after it the time until a single image is answered as fast as before. Then 200 seeds alone and
-again among random requests: the same bytes. Then clients that drop their connection: the steps that went on.
+replica is watched; after it the time until a single image is answered as fast as before. First they are all alike,
+then of very different lengths. Then 200 seeds alone and again among random requests: the same bytes. Then clients
+that drop their connection: the steps that went on.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -29,6 +31,12 @@ STEPS = 100
 
 def heavy(i: int) -> bytes:
     return post({"n": SIZE, "seed": SIZE * i, "num_inference_steps": STEPS, "prompt": "8"})
+
+
+def mixed(i: int) -> bytes:
+    """Requests of very different lengths, half of them of the default steps."""
+    n, steps = ((SIZE, 8), (16, 1000), (SIZE, 8), (SIZE, STEPS))[i % 4]
+    return post({"n": n, "seed": SIZE * i, "sampler": "ddim", "num_inference_steps": steps, "prompt": "8"})
 
 
 def memory() -> float:
@@ -56,10 +64,10 @@ async def single() -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-async def overload(seconds: float) -> None:
+async def overload(seconds: float, heavy: Callable[[int], bytes], told: str) -> None:
     usual = percentiles([await single() / 1e3 for _ in range(50)])[0]
     rate, _, _ = await closed_loop(heavy, 4, 5)
-    print(f"capacity {rate:.1f} requests/s of {SIZE} images and {STEPS} steps; a single image takes {usual:.0f} ms")
+    print(f"capacity {rate:.1f} requests/s of {told}; a single image takes {usual:.0f} ms")
     watched: list[float] = []
 
     async def watch() -> None:
@@ -134,7 +142,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         process = start(given.ckpt, Path(folder))
         try:
-            asyncio.run(overload(given.seconds))
+            asyncio.run(overload(given.seconds, heavy, f"{SIZE} images and {STEPS} steps"))
+            asyncio.run(overload(given.seconds, mixed, "8 to 1,000 steps"))
             asyncio.run(same_bytes(200))
             asyncio.run(dropped(100))
         finally:
