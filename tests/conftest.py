@@ -17,6 +17,7 @@ from ldm_ray.generator import Generator
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.models.unet import UNet
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -69,6 +70,17 @@ def busy_denoiser(hidden_dim: int = 256) -> Denoiser:
             if "norm.weight" in name:
                 weight.add_(1)
     return denoiser.eval()
+
+
+def busy_unet(image_size: tuple[int, int] = (28, 28)) -> UNet:
+    """Random weights everywhere: at the start of training the last ones are zero."""
+    model, random_ = UNet(image_size, 8), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(std=0.1, generator=random_)
+            if "norm" in name and name.endswith("weight"):
+                weight.add_(1)
+    return model.eval()
 
 
 @pytest.fixture(scope="module", params=["mlp", "conv"])

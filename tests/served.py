@@ -103,6 +103,14 @@ def write_checkpoint(path: Path, autoencoder: Path, shift: float = 0.0) -> None:
     checkpoint.write(path, content)
 
 
+def write_pixels(path: Path) -> None:
+    """A U-Net of random weights."""
+    from conftest import busy_unet
+
+    model = busy_unet()
+    checkpoint.write(path, checkpoint.diffusion_content(model, model, NoiseSchedule(), None, {"seed": 1}))
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
@@ -111,6 +119,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Iterator[
     runs[0].write_bytes(b"no checkpoint")
     write_checkpoint(runs[1], ae_file, shift=0.1)
     write_checkpoint(runs[2], ae_file)
+    write_pixels(folder / "checkpoints" / "pixel-diffusion-small" / "latest.pt")
     port, config = free_port(), folder / "config.json"
     arguments = {
         "outdir": str(folder),

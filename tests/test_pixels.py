@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import busy_unet
 from PIL import Image
 from test_pipeline import command, finish, only, same_weights
 from test_slots import Waited
@@ -28,17 +29,6 @@ from ldm_ray.training.tasks import build_task
 
 FEW = SamplingConfig(num_inference_steps=3)
 CPU = torch.device("cpu")
-
-
-def busy_unet(image_size: tuple[int, int] = (28, 28)) -> UNet:
-    """Random weights everywhere: at the start of training the last ones are zero."""
-    model, random_ = UNet(image_size, 8), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(std=0.1, generator=random_)
-            if "norm" in name and name.endswith("weight"):
-                weight.add_(1)
-    return model.eval()
 
 
 def write(path: Path, model: UNet, **config: object) -> Path:

@@ -193,7 +193,10 @@ def test_latents(server: Server) -> None:
 def test_models(server: Server) -> None:
     found = server.ask("/v1/models").json["data"]
     assert found[0]["id"] == "latent-diffusion-main"
-    assert {model["id"] for model in found} == {f"latent-diffusion-{name}" for name in ("main", "other", "broken")}
+    assert {model["id"] for model in found} == {
+        *(f"latent-diffusion-{name}" for name in ("main", "other", "broken")),
+        "pixel-diffusion-small",
+    }
     told = server.ask("/v1/models/latent-diffusion-main").json
     assert told["autoencoder"] == "mlp" and told["latent_size"] == 16 and told["classes"] == 10 and told["default"]
     assert told["sha256"] == hashlib.sha256(server.ckpt.read_bytes()).hexdigest()
@@ -201,6 +204,12 @@ def test_models(server: Server) -> None:
     other = Generator.open(server.ckpt.parents[1] / "latent-diffusion-other" / "latest.pt")[0]
     made = server.images(model="latent-diffusion-other", seed=1, prompt="1")
     np.testing.assert_array_equal(made, other([1], [1])[:, 0].numpy())
+    pixels = Generator.open(server.ckpt.parents[1] / "pixel-diffusion-small" / "latest.pt")[0]
+    made = server.images(model="pixel-diffusion-small", seed=1, n=3, prompt="1", num_inference_steps=3)
+    wanted = pixels([1, 2, 3], [1] * 3, SamplingConfig(num_inference_steps=3))
+    np.testing.assert_array_equal(made, wanted[:, 0].numpy())
+    told = server.ask("/v1/models/pixel-diffusion-small").json
+    assert (told["space"], told["autoencoder"], told["latent_size"]) == ("pixel", None, 784)
     broken = server.ask(POST, {"model": "latent-diffusion-broken", "prompt": "1"})
     assert broken.status == 503 and "does not load" in broken.error["message"]
     assert str(server.ckpt.parents[2]) not in broken.body.decode()

@@ -4,18 +4,15 @@
 const state = { digit: 7, models: [], images: [], chosen: -1, stop: null, request: null };
 const PARTIAL = 12;
 
-function digitButtons() {
+// A button for each class of the model, each in turn, and none.
+function classButtons(told) {
   const box = $("digits");
-  const choices = [...Array(10).keys(), "each", "any"];
-  for (const choice of choices) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = choice;
-    button.title = { each: "each digit in turn", any: "unconditional: whatever comes" }[choice] ?? `the digit ${choice}`;
-    button.setAttribute("role", "radio");
-    button.addEventListener("click", () => choose(choice));
-    box.append(button);
-  }
+  const names = told.class_names;
+  const choices = told.only_digit === null ? [...names.keys(), "each", "any"] : [told.only_digit];
+  const numbers = names.every((name) => /^\d$/.test(name));
+  $("kind").textContent = numbers ? "Digit" : "Class";
+  box.setAttribute("aria-label", $("kind").textContent);
+  box.classList.toggle("named", !numbers);
   const choose = (choice) => {
     state.digit = choice;
     [...box.children].forEach((button, i) => {
@@ -23,16 +20,27 @@ function digitButtons() {
       button.tabIndex = choices[i] === choice ? 0 : -1;
     });
   };
-  box.addEventListener("keydown", (event) => {
+  box.replaceChildren(...choices.map((choice) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = names[choice] ?? choice;
+    button.title = { each: "each class in turn", any: "unconditional: whatever comes" }[choice] ?? names[choice];
+    button.setAttribute("role", "radio");
+    button.addEventListener("click", () => choose(choice));
+    return button;
+  }));
+  box.onkeydown = (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
     const next = (choices.indexOf(state.digit) + step + choices.length) % choices.length;
     choose(choices[next]);
     box.children[next].focus();
-  });
-  choose(7);
+  };
+  choose(choices.includes(state.digit) ? state.digit : choices[0]);
 }
+
+const className = (label) => (label === null ? "any" : model().class_names[label] ?? String(label));
 
 const model = () => state.models.find((each) => each.id === $("model").value) ?? state.models[0];
 
@@ -54,6 +62,7 @@ async function modelChanged() {
   $("sampler").replaceChildren(...told.limits.samplers.map((name) => new Option(name, name)));
   $("sampler").value = told.limits.samplers.includes(before) ? before : told.defaults.sampler;
   $("steps").max = told.limits.num_inference_steps;
+  classButtons(told);
   samplerChanged();
 }
 
@@ -72,18 +81,20 @@ function settings() {
 
 function request() {
   const n = Number($("n").value);
-  const label = state.digit === "any" ? null : state.digit === "each" ? [...Array(n).keys()].map((i) => i % 10) : state.digit;
+  const label = state.digit === "any" ? null : state.digit === "each"
+    ? [...Array(n).keys()].map((i) => i % model().classes) : state.digit;
   return { ...settings(), class_label: label, n, seed: Number($("seed").value) };
 }
 
-// Every row one digit, every column one seed.
+// Every row one class, every column one seed.
 function sheetRequest() {
   const first = Number($("seed").value);
-  const cells = [...Array(100).keys()];
+  const rows = Math.min(model().classes, 25);
+  const cells = [...Array(10 * rows).keys()];
   return {
     ...settings(),
-    n: 100,
-    class_label: cells.map((i) => Math.floor(i / 10)),
+    n: cells.length,
+    class_label: cells.map((i) => model().only_digit ?? Math.floor(i / 10)),
     seeds: cells.map((i) => Math.min(first, 4294967286) + (i % 10)),
   };
 }
@@ -167,7 +178,7 @@ function select(i) {
   });
   if (!image?.final) return;
   draw($("large"), image.final);
-  $("about").textContent = `Seed ${image.seed}, ${image.label === null ? "no label" : `digit ${image.label}`}, `
+  $("about").textContent = `Seed ${image.seed}, ${image.label === null ? "no label" : `${$("kind").textContent.toLowerCase()} ${className(image.label)}`}, `
     + `SHA-256 ${image.sha256.slice(0, 16)}…`;
   $("permalink").href = permalink(image);
 }
@@ -185,7 +196,7 @@ async function saveGIF() {
   const body = { ...state.request, n: 1, class_label: image.label, seed: image.seed, size: "224x224" };
   delete body.seeds;
   const response = await post("/v1/images/generations", body, { accept: "image/gif" });
-  save(await response.blob(), `digit-${image.label ?? "any"}-${image.seed}.gif`);
+  save(await response.blob(), `image-${image.label ?? "any"}-${image.seed}.gif`);
 }
 
 function dice() {
@@ -198,7 +209,6 @@ const guarded = (work) => async (event) => {
   try { await work(event); } catch (error) { say(error.message, true); }
 };
 
-digitButtons();
 $("model").addEventListener("change", guarded(modelChanged));
 $("sampler").addEventListener("change", samplerChanged);
 $("guidance").addEventListener("input", () => { $("guidance-value").textContent = $("guidance").value; });

@@ -21,7 +21,7 @@ async function morphTo() {
   morph.frames = told.data.filter((item) => item.b64_json).map((item) => asURL(item.b64_json));
   $("mix").max = morph.frames.length - 1;
   $("mix").value = Math.floor(morph.frames.length / 2);
-  $("ends").textContent = `Seed ${morph.from.seed} (${morph.from.label ?? "any"}) to seed ${image.seed} (${image.label ?? "any"})`;
+  $("ends").textContent = `Seed ${morph.from.seed} (${className(morph.from.label)}) to seed ${image.seed} (${className(image.label)})`;
   $("morph").hidden = false;
   mixed();
 }
