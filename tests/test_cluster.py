@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import subprocess
@@ -43,13 +44,13 @@ class Head:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, *more: str) -> subprocess.Popen[bytes]:
         ports = ["--port", self.address.partition(":")[2], "--ray-client-server-port", str(free_port())]
         ports += ["--dashboard-port", str(free_port()), "--dashboard-host", "127.0.0.1"]
         command = [RAY, "start", "--head", "--block", "--num-cpus=0", *ports]
         with (self.folder / "head.log").open("wb") as log:
             return subprocess.Popen(
-                [*command, "--disable-usage-stats", f"--temp-dir={self.folder}"],
+                [*command, *more, "--disable-usage-stats", f"--temp-dir={self.folder}"],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
@@ -65,26 +66,34 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        made = Head(Path(folder))
-        process = made.start()
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+        running(Head(Path(folder))) as made,
+    ):
+        yield made
+
+
+@contextlib.contextmanager
+def running(made: Head, *flags: str) -> Iterator[Head]:
+    """The head once it answers, until the end."""
+    process = made.start(*flags)
+    try:
+        for _ in range(60):
+            asked = subprocess.run([RAY, "health-check", "--address", made.address], env=made.environment)
+            if asked.returncode == 0:
+                break
+            assert process.poll() is None, (made.folder / "head.log").read_text()
+            time.sleep(1)
+        else:
+            pytest.fail((made.folder / "head.log").read_text()[-3000:])
+        yield made
+    finally:
+        process.terminate()
         try:
-            for _ in range(60):
-                asked = subprocess.run([RAY, "health-check", "--address", made.address], env=made.environment)
-                if asked.returncode == 0:
-                    break
-                assert process.poll() is None, (Path(folder) / "head.log").read_text()
-                time.sleep(1)
-            else:
-                pytest.fail((Path(folder) / "head.log").read_text()[-3000:])
-            yield made
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
 
 
 def test_without_the_token_a_command_ends_with_one_line(head: Head, digits_folder: Path, tmp_path: Path) -> None:
