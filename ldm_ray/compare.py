@@ -42,20 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded = [load_checked(path, base, config) for path in paths]
     for folder in (base, output):
         runs.check_writable(folder)
-    rows: list[dict[str, Any]] = []
-    for name, path, model in zip(comparison.names_of(paths), paths, loaded, strict=True):
-        log.info("%s: speed and memory", name)
-        row = {"name": name, "path": str(path), "sha256": model.sha256} | comparison.facts(model, config.sampling)
+    rows: list[dict[str, Any]] = [comparison.facts(model, config.sampling) for model in loaded]
+    for row, name, path, model in zip(rows, comparison.names_of(rows), paths, loaded, strict=True):
+        log.info("%s, %s: speed and memory", name, path)
+        row |= {"name": name, "path": str(path), "sha256": model.sha256}
         asked = (path, device.type, config.sampling, config.sizes(), config.repeats)
         row |= comparison.apart(comparison.sampling_speed, *asked)
         row |= comparison.apart(comparison.training_speed, path, device.type)
-        rows.append(row)
     panels = [(row["name"], images_of(model, device, config)) for row, model in zip(rows, loaded, strict=True)]
     write_bytes(output / "comparison.png", encode_png(side_by_side(panels)))
     if config.samples:
         for row, path, model in zip(rows, paths, loaded, strict=True):
             row |= measured(model, path, device, config)
-    text = comparison.table(rows)
+    where = "\n".join(f"- {row['name']}: {row['path']}" for row in rows)
+    text = f"{comparison.table(rows)}\n\n{where}"
     about = {"settings": config.to_dict(), "device": device.type, "versions": versions()}
     write_bytes(output / "comparison.json", comparison.to_json(about | {"checkpoints": rows}))
     write_bytes(output / "comparison.md", (text + "\n").encode())

@@ -99,12 +99,6 @@ class AutoencoderConfig(RunConfig):
 
     model: str = option("mlp", "which autoencoder", choices=("conv", "mlp"))
     latent_dim: int = option(16, "numbers per image", low=1, high=1024)
-    latent_noise: float = by_recipe(
-        "noise on the latents in training, in standard deviations of each, so that a latent nearby decodes well too",
-        {"best": 0.0, "classic": 0.0},
-        low=0,
-        high=10,
-    )
     epochs: int = by_recipe("passes over the training images", {"best": 40, "classic": 20}, low=1)
     batch_size: int = by_recipe("images a step, over all workers together", {"best": 128, "classic": 128}, low=1)
     lr: float = by_recipe("largest learning rate", {"best": 4e-3, "classic": 1e-3}, above=0, high=10)

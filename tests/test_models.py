@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm_ray.config import AutoencoderConfig
 from ldm_ray.errors import CheckpointError
 from ldm_ray.models import registry
 from ldm_ray.models.autoencoders import MLPAutoencoder
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.models.denoiser import Denoiser, FiLMLayer
-from ldm_ray.training.tasks import AutoencoderTask
 
 MLP_KEYS = [f"encoder.net.{i}" for i in (1, 3, 5, 7)] + [f"decoder.core.{i}" for i in (0, 2, 4, 6)]
 CONV_KEYS = [
@@ -237,20 +235,3 @@ def test_detection_order_and_refusals() -> None:
             refuse()
     with pytest.raises(CheckpointError, match="fit no registered autoencoder"):
         registry.detect({"some.weight": torch.zeros(1)}, {})
-
-
-def test_noise_on_latents_is_of_their_own_size_and_only_in_training() -> None:
-    task = AutoencoderTask(AutoencoderConfig(model="mlp", latent_noise=0.5), (28, 28), torch.device("cpu"))
-    pixels = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images, noise = pixels.float() / 255, torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
-    latents = task.autoencoder.encoder(images)
-    wanted = task.autoencoder.decoder(latents + noise * latents.std(dim=0))
-    torch.testing.assert_close(task.model(images, noise), wanted)
-
-    def loss() -> float:
-        return float(task.loss(task.model, pixels, torch.zeros(64), torch.Generator().manual_seed(2)))
-
-    noisy = loss()
-    task.model.eval()
-    plain = float(F.binary_cross_entropy_with_logits(task.autoencoder.logits(images), images))
-    assert noisy != plain and loss() == pytest.approx(plain)

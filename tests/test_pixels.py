@@ -245,6 +245,8 @@ def test_compare_puts_latents_and_pixels_side_by_side(
     assert list(found[1]["floors"]) == ["train"]
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "| FD-LeNet |" in text and text in capsys.readouterr().out
+    assert [row["name"] for row in found] == ["latent, 4 epochs", "pixel, 2 epochs"]
+    assert min(row["training_mb"] for row in found) > 100
     picture = np.asarray(Image.open(tmp_path / "out" / "comparison.png"))
     assert picture.ndim == 3 and picture.std() > 10
 

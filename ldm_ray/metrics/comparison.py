@@ -70,9 +70,9 @@ def operations(work: Callable[[], Any]) -> int:
 
 
 def sampling_speed(path: Path, device: str, sampling: SamplingConfig, sizes: Sequence[int], repeats: int) -> dict:
-    """``ms_per_image`` at each number of images, to uint8, and the ``sampling_mb`` that it took."""
+    """``ms_per_image`` at each number of images, to uint8, and ``sampling_mb``, the process at most."""
     generator = Generator.of(load(path, search=[path.parent]), device)
-    before, found = peak_mb(device), {}
+    found = {}
     for size in sizes:
         labels = [i % generator.num_classes for i in range(size)]
         took = []
@@ -81,11 +81,11 @@ def sampling_speed(path: Path, device: str, sampling: SamplingConfig, sizes: Seq
             generator(range(size), labels, sampling)
             took.append(time.perf_counter() - started)
         found[str(size)] = 1e3 * statistics.median(took[1:]) / size
-    return {"ms_per_image": found, "sampling_mb": peak_mb(device) - before}
+    return {"ms_per_image": found, "sampling_mb": peak_mb(device)}
 
 
 def training_speed(path: Path, device: str) -> dict[str, Any]:
-    """``train_images_per_s`` with the checkpoint's own settings, and the ``training_mb`` it took beyond the data."""
+    """``train_images_per_s`` with the checkpoint's own settings, and ``training_mb``, the process at most."""
     torch.set_flush_denormal(True)
     loaded, place = load(path, search=[path.parent]), torch.device(device)
     assert loaded.codec is not None
@@ -95,7 +95,6 @@ def training_speed(path: Path, device: str) -> dict[str, Any]:
     task = build_task(config, place, embed(loaded.autoencoder) if loaded.autoencoder else None, shape)
     rows = TRAIN_STEPS * config.batch_size
     data, labels = torch.randn(rows, loaded.codec.latent_dim), torch.arange(rows) % len(loaded.class_names)
-    before = peak_mb(device)
     fitter = Fitter(task, task.model, config, data, labels, rows, 0, 1, place)
     took = []
     for step in range(TRAIN_STEPS):
@@ -103,18 +102,19 @@ def training_speed(path: Path, device: str) -> dict[str, Any]:
         float(fitter.train_step(torch.arange(step * config.batch_size, (step + 1) * config.batch_size)))
         took.append(time.perf_counter() - started)
     speed = config.batch_size / statistics.median(took[WARM_UP:])
-    return {"train_images_per_s": speed, "training_mb": peak_mb(device) - before}
+    return {"train_images_per_s": speed, "training_mb": peak_mb(device)}
 
 
 def peak_mb(device: str) -> float:
-    """Most memory that this process ever had, on the GPU if it works there."""
+    """Most memory that this process ever had, PyTorch included; on a GPU, what was taken there."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    if sys.platform == "linux":  # where ru_maxrss of a child begins with its parent's
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def apart(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
@@ -163,8 +163,8 @@ LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "training, seconds in all": lambda row: number(row["train_seconds"]),
     "the same with the autoencoder's": lambda row: number(total_seconds(row)),
     "training, images/s now": lambda row: number(row["train_images_per_s"]),
-    "memory for training, MB": lambda row: number(row["training_mb"]),
-    "memory for sampling, MB": lambda row: number(row["sampling_mb"]),
+    "training process at most, MB": lambda row: number(row["training_mb"]),
+    "sampling process at most, MB": lambda row: number(row["sampling_mb"]),
     "FD-LeNet": lambda row: figure(row, "fd_lenet", ".2f"),
     "its floor": lambda row: number(row.get("floor"), ".2f"),
     "accuracy": lambda row: figure(row, "accuracy", ".4f"),
@@ -172,13 +172,10 @@ LINES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def names_of(paths: Sequence[Path]) -> list[str]:
-    """A short name for each: its run's for a run's file, with the file's where that alone does not tell them apart."""
-    short = [path.parent.name if path.name == "latest.pt" else path.stem for path in paths]
-    return [
-        name if short.count(name) == 1 else f"{path.parent.name}/{path.stem}"
-        for name, path in zip(short, paths, strict=True)
-    ]
+def names_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Space and epochs; with a number where that is the same for several."""
+    short = [row["space"] + (f", {row['epochs']} epochs" if row["epochs"] else "") for row in rows]
+    return [f"{name} ({short[: i + 1].count(name)})" if short.count(name) > 1 else name for i, name in enumerate(short)]
 
 
 def to_json(found: dict[str, Any]) -> bytes:

@@ -51,8 +51,7 @@ class Task(ABC):
 class AutoencoderTask(Task):
     """Pixels in, pixels out. Binary cross-entropy on the logits: its gradient does not vanish where the
     sigmoid saturates, which is how a squared error on the sigmoid's output lets the Conv one collapse to a
-    constant picture; a warm-up keeps the first steps from killing ReLUs. Noise on the latents makes the decoder smooth
-    around them, where a denoiser's small errors land (cf. the denoising autoencoders of Vincent et al. 2008)."""
+    constant picture; a warm-up keeps the first steps from killing ReLUs."""
 
     def __init__(self, config: AutoencoderConfig, image_size: tuple[int, int], device: torch.device) -> None:
         self.config = config
@@ -65,11 +64,8 @@ class AutoencoderTask(Task):
         return examples.vectors.reshape(-1, 1, *self.autoencoder.image_size)  # (N, 1, H, W) uint8
 
     def loss(self, forward: nn.Module, batch: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        images, noise = to_float(batch), None
-        if self.config.latent_noise and self.model.training:
-            noise = torch.randn(len(images), self.autoencoder.latent_dim, device=images.device, generator=generator)
-            noise *= self.config.latent_noise
-        return F.binary_cross_entropy_with_logits(forward(images, noise).float(), images)
+        images = to_float(batch)
+        return F.binary_cross_entropy_with_logits(forward(images).float(), images)
 
     def content(self, ema: nn.Module, **rest: Any) -> dict[str, Any]:
         return checkpoint.autoencoder_content(self.autoencoder, self.config.model, self.config.to_dict(), **rest)
@@ -91,12 +87,8 @@ class Logits(nn.Module):
         super().__init__()
         self.autoencoder: Any = autoencoder
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images (B, 1, H, W); noise (B, D) in standard deviations of the batch's latents."""
-        latents = self.autoencoder.encoder(images)
-        if noise is not None:
-            latents = latents + noise * latents.detach().std(dim=0)
-        return self.autoencoder.decoder(latents)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.autoencoder.logits(images)
 
 
 class DenoiserTask(Task):
