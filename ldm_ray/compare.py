@@ -30,11 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(config.output).expanduser()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
-    from ldm_ray import runs
+    from ldm_ray import comparison, runs
     from ldm_ray.checkpoint import versions
     from ldm_ray.data.images import encode_png, write_bytes
     from ldm_ray.devices import pick_device
-    from ldm_ray.metrics import comparison
     from ldm_ray.metrics.picture import side_by_side
 
     base, device = outdir(config.outdir), pick_device(config.device)
