@@ -50,7 +50,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
         if field.default is not None and kind is not bool:
             text += f" [{field.default:g}]" if kind is float else f" [{field.default}]"
         if "recipes" in field.metadata:
-            text += f" [{', '.join(f'{name}: {value}' for name, value in field.metadata['recipes'].items())}]"
+            text += f" [{'; '.join(f'{name}: {value}' for name, value in field.metadata['recipes'].items())}]"
         settings: dict[str, Any] = {"dest": field.name, "help": text, "default": argparse.SUPPRESS}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)

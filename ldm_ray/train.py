@@ -4,6 +4,7 @@
   python -m ldm_ray.train --dataset FOLDER --ae-ckpt ae.pt --generate-images
   python -m ldm_ray.train --auto-resume                    go on where the last run stopped
   python -m ldm_ray.train --only-digit 7 --num-workers 2
+  python -m ldm_ray.train --space pixel                    a U-Net on the pixels themselves, to compare with
 
 Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop; the exit code is then 128 + the signal's number.
 """
