@@ -244,4 +244,8 @@ def test_a_replica_lost_with_its_node_costs_what_was_in_it(cluster: Cluster, ae_
     assert {status for status, _ in lost} <= {500, 503} and len(lost) <= 2 * len(clients.threads), lost
     print(f"lost {len(lost)} of {len(clients.answers)} requests: {sorted(status for status, _ in lost)}")
     process.send_signal(2)
-    process.communicate(timeout=120)
+    try:
+        process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:  # with a node gone Serve's own shutdown may wait for it; not what is tested here
+        process.kill()
+        process.communicate()
