@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from ldm_ray.errors import CheckpointError
 from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.unet import UNet
+from ldm_ray.paths import AnyPath, write_bytes
 from ldm_ray.restore import (
     AutoencoderCheckpoint,
     codec_of,
@@ -70,7 +69,7 @@ class DiffusionCheckpoint:
         return names_in(self.info, self.denoiser.num_classes)
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: AnyPath) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -84,24 +83,15 @@ def versions() -> dict[str, str]:
     return {"ldm_ray": ldm_ray.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write(path: AnyPath, content: dict[str, Any]) -> None:
     """Writes a checkpoint at once or not at all: temporary name, fsync, rename. The same content gives the
     same bytes under any name."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(buffer.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, buffer.getbuffer(), durable=True)
 
 
-def read(path: Path) -> tuple[dict[str, Any], str]:
+def read(path: AnyPath) -> tuple[dict[str, Any], str]:
     """(content with plain metadata, kind: one of ``KINDS``). CheckpointError in one line."""
     content = read_torch_file(path)
     version = content.get("format_version", 0)
@@ -135,7 +125,7 @@ def summary(content: dict[str, Any]) -> dict[str, Any]:
     return found | {"exp_name": str(content["exp_name"])} if content.get("exp_name") else found
 
 
-def load_autoencoder(path: Path) -> AutoencoderCheckpoint:
+def load_autoencoder(path: AnyPath) -> AutoencoderCheckpoint:
     """Reads an autoencoder checkpoint; its type comes from the file. Raises CheckpointError in one line."""
     content, kind = read(path)
     if kind != "autoencoder":
@@ -150,7 +140,7 @@ def load_autoencoder(path: Path) -> AutoencoderCheckpoint:
     )
 
 
-def load_diffusion(path: Path, ae_ckpt: Path | None = None, force: bool = False) -> DiffusionCheckpoint:
+def load_diffusion(path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = False) -> DiffusionCheckpoint:
     """Reads a denoiser checkpoint with its autoencoder.
 
     ae_ckpt: wins over the one inside; a hash other than the recorded one is an error unless ``force``.

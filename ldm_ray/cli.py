@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,5 +129,5 @@ def close(outcome: Any, prog: str, then: str) -> int:
         return outcome.code
     print(f"checkpoint  {paths.latest}")
     print(f"records     {paths.runs}")
-    print(f"next        {then} {paths.latest}")
+    print(f"next        {then} {shlex.quote(str(paths.latest))}")
     return 0

@@ -19,6 +19,7 @@ from ldm_ray import cli
 from ldm_ray.config import outdir
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.metrics.config import CompareConfig
+from ldm_ray.paths import AnyPath, to_path
 
 PROG = "python -m ldm_ray.compare"
 ROWS = 8  # of images of each class in the picture
@@ -32,12 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
     from ldm_ray import comparison, runs
     from ldm_ray.checkpoint import versions
-    from ldm_ray.data.images import encode_png, write_bytes
+    from ldm_ray.data.images import encode_png
     from ldm_ray.devices import pick_device
     from ldm_ray.metrics.picture import side_by_side
+    from ldm_ray.paths import write_bytes
 
     base, device = outdir(config.outdir), pick_device(config.device)
-    paths = [Path(path).expanduser() for path in config.ckpt or ()] or newest(base)
+    paths = [to_path(path) for path in config.ckpt or ()] or newest(base)
     loaded = [load_checked(path, base, config) for path in paths]
     for folder in (base, output):
         runs.check_writable(folder)
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def newest(base: Path) -> list[Path]:
+def newest(base: AnyPath) -> list[AnyPath]:
     """The newest checkpoint of each space. ConfigError unless there is one of each."""
     from ldm_ray import runs
     from ldm_ray.config import SPACES
@@ -77,7 +79,7 @@ def newest(base: Path) -> list[Path]:
     return [path for path in found.values() if path is not None]
 
 
-def load_checked(path: Path, base: Path, config: CompareConfig) -> Any:
+def load_checked(path: AnyPath, base: AnyPath, config: CompareConfig) -> Any:
     """A checkpoint that can be measured. CheckpointError when it cannot."""
     from ldm_ray.diffusion.samplers import plan_of
     from ldm_ray.generator import load
@@ -99,7 +101,7 @@ def images_of(model: Any, device: Any, config: CompareConfig) -> Any:
     return generator(range(count), [classes[i % len(classes)] for i in range(count)], config.sampling)
 
 
-def measured(model: Any, path: Path, device: Any, config: CompareConfig) -> dict[str, Any]:
+def measured(model: Any, path: AnyPath, device: Any, config: CompareConfig) -> dict[str, Any]:
     """The quality of a checkpoint's images and the floor beside it."""
     from ldm_ray.generator import Generator
     from ldm_ray.metrics.evaluation import evaluate

@@ -24,6 +24,7 @@ from ldm_ray.config import SamplingConfig, TrainConfig
 from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.generator import Generator, load
 from ldm_ray.models.unet import UNet
+from ldm_ray.paths import AnyPath
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 
@@ -69,7 +70,7 @@ def operations(work: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def sampling_speed(path: Path, device: str, sampling: SamplingConfig, sizes: Sequence[int], repeats: int) -> dict:
+def sampling_speed(path: AnyPath, device: str, sampling: SamplingConfig, sizes: Sequence[int], repeats: int) -> dict:
     """``ms_per_image`` at each number of images, to uint8, and ``sampling_mb``, the process at most."""
     generator = Generator.of(load(path, search=[path.parent]), device)
     found = {}
@@ -84,7 +85,7 @@ def sampling_speed(path: Path, device: str, sampling: SamplingConfig, sizes: Seq
     return {"ms_per_image": found, "sampling_mb": peak_mb(device)}
 
 
-def training_speed(path: Path, device: str) -> dict[str, Any]:
+def training_speed(path: AnyPath, device: str) -> dict[str, Any]:
     """``train_images_per_s`` with the checkpoint's own settings, and ``training_mb``, the process at most."""
     torch.set_flush_denormal(True)
     loaded, place = load(path, search=[path.parent]), torch.device(device)

@@ -15,6 +15,7 @@ from pathlib import Path
 from ldm_ray.classes import MAX_CLASSES
 from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, by_recipe, option
+from ldm_ray.paths import AnyPath, to_path
 
 MAX_SEED = 2**32 - 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -36,7 +37,12 @@ class RunConfig(Config):
 
     dataset: str = option("auto", DATASET_HELP)
     cache_dir: str | None = option(None, CACHE_HELP, kind=str, resume="free")
-    outdir: str | None = option(None, "where everything is written [$SCRATCH, else ./outputs]", kind=str, resume="free")
+    outdir: str | None = option(
+        None,
+        "where everything is written, a folder of all nodes or s3://… [$SCRATCH, else ./outputs]",
+        kind=str,
+        resume="free",
+    )
     only_digit: int | None = option(None, "train on one class alone, by number", kind=int, low=0, high=MAX_CLASSES - 1)
     recipe: str = option("best", "where the defaults of the settings named after it come from", choices=RECIPES)
     epochs: int = by_recipe("passes over the training images", {"best": 60, "classic": 20}, low=1, resume="free")
@@ -286,15 +292,9 @@ def listed(flag: str, text: str, pattern: str, high: float) -> list[float]:
     return values
 
 
-def outdir(given: str | None) -> Path:
-    """The absolute output directory: as given, else $SCRATCH, else ./outputs. ConfigError on a URI."""
-    found = given or os.environ.get("SCRATCH") or "outputs"
-    if "://" in found:
-        raise ConfigError(
-            f"--outdir {found} is no folder: runs are kept in a folder that all nodes see (NFS, EFS, Filestore); "
-            "object stores are for the --outdir of python -m ldm_ray.generate"
-        )
-    return Path(found).expanduser().absolute()
+def outdir(given: str | None) -> AnyPath:
+    """The output directory, absolute or in an object store: as given, else $SCRATCH, else ./outputs."""
+    return to_path(given or os.environ.get("SCRATCH") or "outputs").absolute()
 
 
 def cache_dir(given: str | None) -> Path:

@@ -16,6 +16,7 @@ from ldm_ray import cli
 from ldm_ray.config import outdir
 from ldm_ray.errors import ConfigError
 from ldm_ray.metrics.config import EvaluateConfig
+from ldm_ray.paths import to_path
 
 PROG = "python -m ldm_ray.evaluate"
 
@@ -27,19 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
     from ldm_ray import runs
     from ldm_ray.checkpoint import versions
-    from ldm_ray.data.images import encode_png, write_bytes
+    from ldm_ray.data.images import encode_png
     from ldm_ray.devices import pick_device
     from ldm_ray.generator import Generator
     from ldm_ray.metrics.evaluation import evaluate, write_json
     from ldm_ray.metrics.lenet import SHA256
     from ldm_ray.metrics.report import table
+    from ldm_ray.paths import write_bytes
 
     base = outdir(config.outdir)
     device = pick_device(config.device)
-    ckpt = Path(config.ckpt).expanduser() if config.ckpt else runs.newest_diffusion(base)
+    ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(base)
     if ckpt is None:
         raise ConfigError(f"no checkpoint under {base}: name one by --ckpt, or make one with python -m ldm_ray.train")
-    ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
+    ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
     generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
     for folder in (base, output):
         runs.check_writable(folder)

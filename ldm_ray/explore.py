@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_ray import cli
 from ldm_ray.config import outdir
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.latents.config import ExploreConfig
+from ldm_ray.paths import to_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ldm_ray.generator import Generator
 
     base = outdir(config.outdir)
-    ckpt = Path(config.ckpt).expanduser() if config.ckpt else runs.newest_diffusion(base)
+    ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(base)
     if ckpt is None:
         raise ConfigError(f"no checkpoint under {base}: name one by --ckpt, or make one with python -m ldm_ray.train")
-    ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
+    ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
     device = pick_device(config.device)
     generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
     labels = labels_of(config, generator, info.get("only_digit"))

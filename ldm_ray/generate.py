@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 from ldm_ray import cli
 from ldm_ray.config import GenerateConfig, VerifyConfig, outdir
 from ldm_ray.errors import ConfigError
+from ldm_ray.paths import AnyPath, to_path
 
 if TYPE_CHECKING:
     from ldm_ray.checkpoint import DiffusionCheckpoint
     from ldm_ray.dataset.request import Request
     from ldm_ray.dataset.shards import Record
-    from ldm_ray.dataset.store import Store
+    from ldm_ray.store import Store
 
 PROG = "python -m ldm_ray.generate"
 log = logging.getLogger(__name__)
@@ -71,11 +72,11 @@ def verify(argv: Sequence[str]) -> int:
     return verify_dataset(folder, config)
 
 
-def checkpoint_path(given: str | None) -> Path:
+def checkpoint_path(given: str | None) -> AnyPath:
     """The given checkpoint or the newest. ConfigError when there is none."""
     from ldm_ray import runs
 
-    path = Path(given).expanduser() if given else runs.newest_diffusion(outdir(None))
+    path = to_path(given) if given else runs.newest_diffusion(outdir(None))
     if path is None:
         raise ConfigError(
             f"no checkpoint under {outdir(None)}: name one by --ckpt, or make one with python -m ldm_ray.train"
@@ -83,10 +84,10 @@ def checkpoint_path(given: str | None) -> Path:
     return path.absolute()
 
 
-def load_model(config: GenerateConfig, path: Path) -> DiffusionCheckpoint:
+def load_model(config: GenerateConfig, path: AnyPath) -> DiffusionCheckpoint:
     from ldm_ray.generator import load
 
-    ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
+    ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
     return load(path, ae_ckpt, config.force, search=[path.parent, outdir(None)])
 
 
@@ -114,12 +115,12 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     )
 
 
-def generate(config: GenerateConfig, path: Path) -> int:
+def generate(config: GenerateConfig, path: AnyPath) -> int:
     """Makes what is missing of the dataset; starts no Ray where nothing is."""
     from ldm_ray.dataset import finish, request, shards
-    from ldm_ray.dataset.store import Store
     from ldm_ray.devices import pick_device
     from ldm_ray.generator import fingerprint_of
+    from ldm_ray.store import Store
 
     model, store = load_model(config, path), Store(config.outdir)
     with contextlib.ExitStack() as stack:
@@ -136,7 +137,7 @@ def generate(config: GenerateConfig, path: Path) -> int:
 
             print(estimate(config, model, asked, store, records, device))
             return 0
-        ae_ckpt = str(Path(config.ae_ckpt).expanduser().absolute()) if config.ae_ckpt else None
+        ae_ckpt = str(to_path(config.ae_ckpt).absolute()) if config.ae_ckpt else None
         manifest = found or asked.manifest(str(path), ae_ckpt, device)
         if len(records) < asked.num_shards:
             log.info(

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.registry import REGISTRY
 from ldm_ray.models.tabled import for_sampling
 from ldm_ray.models.unet import UNet
+from ldm_ray.paths import AnyPath, to_path
 from ldm_ray.tiles import PIXEL_SIZES, SIZES, Tiles
 
 ENGINE = 1  # goes up with every change to what a seed's bytes are
@@ -64,11 +64,11 @@ class Generator:
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: AnyPath,
         device: torch.device | str = "cpu",
-        ae_ckpt: Path | None = None,
+        ae_ckpt: AnyPath | None = None,
         force: bool = False,
-        search: Sequence[Path] = (),
+        search: Sequence[AnyPath] = (),
     ) -> tuple[Generator, dict[str, Any]]:
         """(generator, the checkpoint's settings): what ``load`` reads, on a device. Raises CheckpointError."""
         loaded = load(path, ae_ckpt, force, search)
@@ -214,7 +214,7 @@ def fingerprint_of(device: torch.device) -> str:
 
 
 def load(
-    path: Path, ae_ckpt: Path | None = None, force: bool = False, search: Sequence[Path] = ()
+    path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = False, search: Sequence[AnyPath] = ()
 ) -> DiffusionCheckpoint:
     """Reads a denoiser checkpoint with an autoencoder.
 
@@ -242,15 +242,15 @@ def filled(rows: Tensor, size: int) -> Tensor:
     return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
 
 
-def recorded_autoencoder(args: dict[str, Any], search: Sequence[Path]) -> Path | None:
+def recorded_autoencoder(args: dict[str, Any], search: Sequence[AnyPath]) -> AnyPath | None:
     """The autoencoder that a checkpoint without one names: its path, else the newest of its type."""
     path = args.get("ae_ckpt")
-    if isinstance(path, str) and Path(path).is_file():
-        return Path(path)
+    if isinstance(path, str) and to_path(path).is_file():
+        return to_path(path)
     kind = str(args.get("ae_model") or "").removeprefix("ae-")
     for folder in search:
         if kind in REGISTRY and folder.is_dir():
             found = runs.find_autoencoder(folder, args.get("ae_only_digit"), [kind])
             if found is not None:
-                return Path(found.path)
+                return to_path(found.path)
     return None

@@ -15,6 +15,7 @@ from typing import Any
 from ldm_ray import cli
 from ldm_ray.config import MAX_SEED, InferConfig, outdir
 from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.paths import to_path
 
 PROG = "python -m ldm_ray.infer"
 PROCESS_IMAGES = 8
@@ -34,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ldm_ray.generator import Generator
 
     device = pick_device(config.device)
-    ckpt = Path(config.ckpt).expanduser() if config.ckpt else runs.newest_diffusion(outdir(config.outdir))
+    ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(outdir(config.outdir))
     if ckpt is None:
         raise ConfigError(
             f"no checkpoint under {outdir(config.outdir)}: name one by --ckpt, or make one with python -m ldm_ray.train"
         )
-    ae_ckpt = Path(config.ae_ckpt).expanduser() if config.ae_ckpt else None
+    ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
     generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, outdir(config.outdir)])
     only = info.get("only_digit")
     digit = only if config.digit is None else class_of(config.digit, generator.class_names)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm_ray import cli
+from ldm_ray.paths import AnyPath, to_path
 
 PROG = "python -m ldm_ray.inspect"
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, of the autoencoder or the denoiser")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(argv)
-    found = describe(Path(given.checkpoint).expanduser())
+    found = describe(to_path(given.checkpoint))
     if given.json:
         print(json.dumps(found, indent=1, default=str))
     else:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: AnyPath) -> dict[str, Any]:
     """What the file holds. CheckpointError when it is no usable checkpoint."""
     from ldm_ray import checkpoint
 

@@ -4,7 +4,6 @@ CheckpointError in one line; what is in a file is believed in nothing."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.unet import UNet
+from ldm_ray.paths import AnyPath
 from ldm_ray.safe_load import state_dict_of
 
 MAX_TIMESTEPS = 100_000
@@ -34,7 +34,7 @@ class AutoencoderCheckpoint:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def denoiser_of(content: dict[str, Any], pixels: bool, path: Path) -> ConditionedDenoiser:
+def denoiser_of(content: dict[str, Any], pixels: bool, path: AnyPath) -> ConditionedDenoiser:
     """The averaged weights where there are any, else the weights, for sampling alone."""
     state = state_dict_of(content.get("ema") or content["model"], path, "denoiser")
     try:
@@ -47,7 +47,7 @@ def denoiser_of(content: dict[str, Any], pixels: bool, path: Path) -> Conditione
     return found.eval().requires_grad_(False)
 
 
-def schedule_of(args: dict[str, Any], path: Path) -> NoiseSchedule:
+def schedule_of(args: dict[str, Any], path: AnyPath) -> NoiseSchedule:
     try:
         timesteps = int(args.get("num_train_timesteps") or args.get("T") or 1000)
         if timesteps > MAX_TIMESTEPS:
@@ -60,7 +60,7 @@ def schedule_of(args: dict[str, Any], path: Path) -> NoiseSchedule:
         ) from None
 
 
-def prediction_type_of(content: dict[str, Any], path: Path) -> str:
+def prediction_type_of(content: dict[str, Any], path: AnyPath) -> str:
     found = content.get("prediction_type", "epsilon")
     if found not in PREDICTION_TYPES:
         raise CheckpointError(
@@ -70,7 +70,7 @@ def prediction_type_of(content: dict[str, Any], path: Path) -> str:
     return found
 
 
-def from_embedded(value: Any, path: Path) -> AutoencoderCheckpoint | None:
+def from_embedded(value: Any, path: AnyPath) -> AutoencoderCheckpoint | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
@@ -85,7 +85,7 @@ def from_embedded(value: Any, path: Path) -> AutoencoderCheckpoint | None:
     )
 
 
-def codec_of(weights: Any, args: dict[str, Any], statistics: Any, path: Path) -> LatentCodec:
+def codec_of(weights: Any, args: dict[str, Any], statistics: Any, path: AnyPath) -> LatentCodec:
     state = state_dict_of(weights, path, "autoencoder")
     try:
         kind, latent_dim = registry.detect(state, args)

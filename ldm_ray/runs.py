@@ -6,12 +6,12 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ldm_ray.checkpoint import AutoencoderCheckpoint, load_autoencoder, read
 from ldm_ray.config import SPACES, AutoencoderConfig, RunConfig
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models.registry import REGISTRY
+from ldm_ray.paths import AnyPath
 
 log = logging.getLogger(__name__)
 
@@ -20,68 +20,68 @@ log = logging.getLogger(__name__)
 class RunPaths:
     """Where the files of one run are, under one absolute output directory."""
 
-    outdir: Path
+    outdir: AnyPath
     name: str
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> AnyPath:
         return self.outdir / "checkpoints" / self.name
 
     @property
-    def latest(self) -> Path:
+    def latest(self) -> AnyPath:
         return self.checkpoints / "latest.pt"
 
     @property
-    def best(self) -> Path:
+    def best(self) -> AnyPath:
         """The checkpoint that ``--evaluate-every`` found best."""
         return self.checkpoints / "best.pt"
 
-    def checkpoint(self, epoch: int) -> Path:
+    def checkpoint(self, epoch: int) -> AnyPath:
         return self.checkpoints / f"checkpoint_epoch_{epoch:06d}.pt"
 
-    def sample(self, epoch: int) -> Path:
+    def sample(self, epoch: int) -> AnyPath:
         return self.outdir / "samples" / self.name / f"epoch_{epoch:06d}.png"
 
     @property
-    def runs(self) -> Path:
+    def runs(self) -> AnyPath:
         return self.outdir / "runs" / self.name
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> AnyPath:
         return self.runs / "metrics.jsonl"
 
     @property
-    def quality(self) -> Path:
+    def quality(self) -> AnyPath:
         """A line for each evaluation beside training."""
         return self.runs / "quality.jsonl"
 
     @property
-    def config(self) -> Path:
+    def config(self) -> AnyPath:
         return self.runs / "config.json"
 
     @property
-    def progress(self) -> Path:
+    def progress(self) -> AnyPath:
         return self.runs / "progress.json"
 
     @property
-    def stop(self) -> Path:
+    def stop(self) -> AnyPath:
         return self.runs / "stop"
 
     @property
-    def diverged(self) -> Path:
+    def diverged(self) -> AnyPath:
         return self.runs / "diverged"
 
     @property
-    def log(self) -> Path:
+    def log(self) -> AnyPath:
         return self.outdir / "logs" / f"{self.name}.log"
 
 
-def examples_dir(outdir: Path, fingerprint: str) -> Path:
+def examples_dir(outdir: AnyPath, fingerprint: str) -> AnyPath:
     """Latents (or pixels) that training reads."""
     return outdir / "latents" / fingerprint
 
 
-def floors_file(outdir: Path, fingerprint: str) -> Path:
+def floors_file(outdir: AnyPath, fingerprint: str) -> AnyPath:
     """Measured floors of an autoencoder, which every evaluation over it reuses."""
     return outdir / "floors" / f"{fingerprint}.json"
 
@@ -95,7 +95,7 @@ def run_stem(config: RunConfig) -> str:
     return f"{config.space}-diffusion-{start}-T{config.num_train_timesteps}-seed{config.seed}"  # type: ignore[attr-defined]
 
 
-def new_run(config: RunConfig, outdir: Path) -> RunPaths:
+def new_run(config: RunConfig, outdir: AnyPath) -> RunPaths:
     """A run that has no files yet."""
     stem, moment = run_stem(config), time.time()
     while True:
@@ -105,13 +105,14 @@ def new_run(config: RunConfig, outdir: Path) -> RunPaths:
         moment += 1
 
 
-def newest_run(config: RunConfig, outdir: Path) -> RunPaths | None:
+def newest_run(config: RunConfig, outdir: AnyPath) -> RunPaths | None:
     """The newest run of this stem that has a checkpoint."""
-    found = sorted((outdir / "checkpoints").glob(f"{run_stem(config)}-????????-??????/latest.pt"))
+    files = (outdir / "checkpoints").glob(f"{run_stem(config)}-????????-??????/latest.pt")
+    found: list[AnyPath] = sorted(files, key=str)
     return RunPaths(outdir, found[-1].parent.name) if found else None
 
 
-def check_writable(outdir: Path) -> None:
+def check_writable(outdir: AnyPath) -> None:
     """Makes the directory, or says in one line why it cannot be used."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)
@@ -122,19 +123,19 @@ def check_writable(outdir: Path) -> None:
         raise ConfigError(f"--outdir {outdir} cannot be written: {error.strerror or error}") from None
 
 
-def diffusion_checkpoints(base: Path, spaces: Sequence[str] = SPACES) -> list[Path]:
+def diffusion_checkpoints(base: AnyPath, spaces: Sequence[str] = SPACES) -> list[AnyPath]:
     """The ``latest.pt`` of every denoiser run under an output directory, the newest first."""
     found = [file for space in spaces for file in (base / "checkpoints").glob(f"{space}-diffusion-*/latest.pt")]
     return sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
 
 
-def newest_diffusion(base: Path, spaces: Sequence[str] = SPACES) -> Path | None:
+def newest_diffusion(base: AnyPath, spaces: Sequence[str] = SPACES) -> AnyPath | None:
     """The first of them."""
     return next(iter(diffusion_checkpoints(base, spaces)), None)
 
 
 def find_autoencoder(
-    folder: Path, only_digit: int | None = None, kinds: Sequence[str] | None = None
+    folder: AnyPath, only_digit: int | None = None, kinds: Sequence[str] | None = None
 ) -> AutoencoderCheckpoint | None:
     """The newest autoencoder checkpoint under a folder, by registered type in order: Conv first, then MLP.
 

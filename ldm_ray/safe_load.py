@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pathlib
 import pickle
 import re
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm_ray.errors import CheckpointError
+from ldm_ray.errors import CheckpointError, LdmError
+from ldm_ray.paths import AnyPath
 
 _PATHS = {"PosixPath", "WindowsPath", "Path", "PurePosixPath", "PureWindowsPath", "PurePath"}
 # Concrete Windows paths cannot be made elsewhere, and a path in a file is only ever text: all become pure ones.
@@ -24,7 +25,7 @@ HARMLESS: list[Any] = [argparse.Namespace] + [
 ]
 
 
-def read_torch_file(path: Path) -> dict[str, Any]:
+def read_torch_file(path: AnyPath) -> dict[str, Any]:
     """The dictionary in a torch file, tensors on the CPU, prefixes untouched.
 
     Raises CheckpointError in one line: missing, empty, truncated, not a torch file, compressed, holding a
@@ -37,13 +38,16 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise CheckpointError(f"checkpoint {path} is empty")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
+        source: Any = path if isinstance(path, pathlib.Path) else path.open("rb")
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise CheckpointError(f"checkpoint {path} holds compressed entries, which torch.save never writes")
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
         with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
+            content = torch.load(source, map_location="cpu", weights_only=True)
+    except LdmError:
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"checkpoint {path} {_reason(str(error))}") from None
@@ -86,7 +90,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def state_dict_of(value: Any, path: Path, what: str) -> dict[str, Tensor]:
+def state_dict_of(value: Any, path: AnyPath, what: str) -> dict[str, Tensor]:
     """A state dict as plain names → finite dense floating tensors; ``_orig_mod.`` and ``module.`` removed."""
     if not isinstance(value, dict) or not value:
         raise CheckpointError(f"checkpoint {path} has no {what} weights")

@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import numpy as np
 
     from ldm_ray.checkpoint import versions
-    from ldm_ray.data.images import write_bytes
     from ldm_ray.latents.cloud import gather
     from ldm_ray.latents.maps import tsne
     from ldm_ray.latents.picture import Panel, draw
+    from ldm_ray.paths import write_bytes
 
     found = gather(config)
     parts = [found.test] + ([found.made] if found.made else [])

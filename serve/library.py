@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import threading
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 from ldm_ray import checkpoint, runs
@@ -14,6 +13,7 @@ from ldm_ray.devices import pick_device
 from ldm_ray.diffusion.samplers import DEFAULT_STEPS
 from ldm_ray.errors import LdmError
 from ldm_ray.generator import Generator
+from ldm_ray.paths import AnyPath, to_path
 from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slots import Slots
 from serve.errors import ApiError
@@ -27,11 +27,11 @@ log = logging.getLogger("ray.serve")
 class Served:
     """One loaded checkpoint with its slots."""
 
-    def __init__(self, name: str, path: Path, settings: Settings) -> None:
+    def __init__(self, name: str, path: AnyPath, settings: Settings) -> None:
         """Raises LdmError when it cannot be loaded."""
         self.name, self.path, self.stamp = name, path, stamp_of(path)
-        search = [path.parent] + ([Path(settings.outdir)] if settings.outdir else [])
-        ae_ckpt = Path(settings.ae_ckpt) if settings.ae_ckpt else None
+        search = [path.parent] + ([to_path(settings.outdir)] if settings.outdir else [])
+        ae_ckpt = to_path(settings.ae_ckpt) if settings.ae_ckpt else None
         self.generator, args = Generator.open(path, pick_device(settings.device), ae_ckpt, search=search)
         check_size(path, self.generator.codec.image_size)
         self.only_digit: int | None = args.get("only_digit")
@@ -108,16 +108,16 @@ class Library:
     def __init__(self, settings: Settings) -> None:
         assert settings.ckpt is not None
         self.settings = settings
-        self.default = self._load(Path(settings.ckpt))
+        self.default = self._load(to_path(settings.ckpt))
         self.loaded: OrderedDict[str, Served] = OrderedDict({self.default.name: self.default})
         self._lock = asyncio.Lock()
 
-    def known(self) -> dict[str, Path]:
+    async def known(self) -> dict[str, AnyPath]:
         """Every checkpoint that can be asked for, the default first."""
         found = {self.default.name: self.default.path}
         found |= {name: served.path for name, served in self.loaded.items() if name not in found}
         if self.settings.outdir:
-            for path in runs.diffusion_checkpoints(Path(self.settings.outdir)):
+            for path in await asyncio.to_thread(runs.diffusion_checkpoints, to_path(self.settings.outdir)):
                 found.setdefault(name_of(path), path)
         return found
 
@@ -125,12 +125,12 @@ class Library:
         """ApiError 404: unknown; 503: it does not load."""
         if name is None or name == self.default.name:
             return self.default
-        path = self.known().get(name)
+        path = (await self.known()).get(name)
         if path is None:
             raise ApiError(404, f"there is no model {name[:200]!r}; /v1/models lists them", "model", "model_not_found")
         async with self._lock:
             found = self.loaded.get(name)
-            if found is None or found.stamp != stamp_of(path):
+            if found is None or found.stamp != await asyncio.to_thread(stamp_of, path):
                 try:
                     fresh = await asyncio.to_thread(self._load, path)
                 except (LdmError, OSError) as error:
@@ -146,7 +146,7 @@ class Library:
     async def serve(self, ckpt: str) -> None:
         """Makes another checkpoint the default, once it is loaded and warm. LdmError: it stays as it was."""
         async with self._lock:
-            fresh = await asyncio.to_thread(self._load, Path(ckpt).expanduser().absolute())
+            fresh = await asyncio.to_thread(self._load, to_path(ckpt).absolute())
             self.default = fresh
             await self._keep(fresh)
 
@@ -163,7 +163,7 @@ class Library:
         for served in self.loaded.values():
             served.close(self.settings.drain_s)
 
-    def _load(self, path: Path) -> Served:
+    def _load(self, path: AnyPath) -> Served:
         served = Served(name_of(path), path, self.settings)
         try:
             served.warm()
@@ -173,14 +173,14 @@ class Library:
         return served
 
 
-def name_of(path: Path) -> str:
+def name_of(path: AnyPath) -> str:
     """The run's name for its ``latest.pt``, run and file for its other checkpoints, else the file's name."""
     if path.name == "latest.pt":
         return path.parent.name
     return f"{path.parent.name}-{path.stem}" if path.stem.startswith("checkpoint_epoch_") else path.stem
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
+def stamp_of(path: AnyPath) -> tuple[int, int]:
     """Changes when a file is replaced."""
     told = path.stat()
     return told.st_mtime_ns, told.st_size

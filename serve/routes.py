@@ -195,7 +195,7 @@ def models(app: FastAPI, service: Service) -> None:
                     if name in loaded
                     else {"id": name, "object": "model", "owned_by": "ldm_ray", "created": int(path.stat().st_mtime),
                           "loaded": False}
-                    for name, path in service.library.known().items()
+                    for name, path in (await service.library.known()).items()
                 ],
             }
         )  # fmt: skip

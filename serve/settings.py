@@ -2,14 +2,14 @@
 
 import os
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import click
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm_ray import config
-from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.errors import CheckpointError, ConfigError, LdmError
+from ldm_ray.paths import AnyPath, to_path
 
 SIDE = 28  # height and width of every image
 
@@ -66,25 +66,29 @@ class Settings(BaseModel):
         checkpoint."""
         from ldm_ray import runs
 
-        base = config.outdir(self.outdir)
-        ckpt = Path(self.ckpt).expanduser().absolute() if self.ckpt else runs.newest_diffusion(base)
+        try:
+            base = config.outdir(self.outdir)
+            ckpt = to_path(self.ckpt).absolute() if self.ckpt else runs.newest_diffusion(base)
+            there = ckpt is not None and ckpt.is_file()
+        except LdmError as error:  # an object store that does not answer
+            raise Mistake(str(error)) from None
         if ckpt is None:
             raise Mistake(
                 f"no checkpoint under {base}: name one by ckpt=PATH, or make one with python -m ldm_ray.train"
             )
-        if not ckpt.is_file():
+        if not there:
             raise Mistake(f"ckpt={ckpt} is not a file")
         return self.model_copy(
             update={
                 "ckpt": str(ckpt),
-                "ae_ckpt": str(Path(self.ae_ckpt).expanduser().absolute()) if self.ae_ckpt else None,
+                "ae_ckpt": str(to_path(self.ae_ckpt).absolute()) if self.ae_ckpt else None,
                 "outdir": str(base),
                 "token": self.token or os.environ.get("LDM_RAY_TOKEN") or None,
             }
         )
 
 
-def check_size(path: Path, image_size: tuple[int, int]) -> None:
+def check_size(path: AnyPath, image_size: tuple[int, int]) -> None:
     """CheckpointError unless a checkpoint makes images of the size that requests name."""
     if image_size != (SIDE, SIDE):
         height, width = image_size
@@ -96,8 +100,9 @@ def check(ckpt: str, ae_ckpt: str | None, outdir: str) -> None:
     from ldm_ray.generator import Generator
 
     try:
-        path = Path(ckpt)
-        made = Generator.open(path, "cpu", Path(ae_ckpt) if ae_ckpt else None, search=[path.parent, Path(outdir)])[0]
+        path = to_path(ckpt)
+        search = [path.parent, to_path(outdir)]
+        made = Generator.open(path, "cpu", to_path(ae_ckpt) if ae_ckpt else None, search=search)[0]
         check_size(path, made.codec.image_size)
     except (ConfigError, ValueError) as error:
         raise Mistake(str(error)) from None

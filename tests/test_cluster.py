@@ -17,19 +17,8 @@ from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address
 from served import free_port
 
-from ldm_ray.config import outdir
-from ldm_ray.errors import ConfigError
-
 ROOT = Path(__file__).resolve().parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-@pytest.mark.parametrize("uri", ["s3://bucket/outputs", "gs://bucket"])
-def test_training_refuses_an_object_store_in_one_line(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for given, scratch in ((uri, ""), (None, uri)):
-        monkeypatch.setenv("SCRATCH", scratch)
-        with pytest.raises(ConfigError, match=rf"{uri} is no folder.*ldm_ray.generate$"):
-            outdir(given)
 
 
 class Head:

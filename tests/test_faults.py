@@ -64,6 +64,19 @@ def lose(cluster: Cluster) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
+def lose_all(cluster: Cluster) -> None:
+    """The head goes too, and with it the cluster."""
+    for node in (cluster.head_node, *cluster.worker_nodes):
+        for started in (info for infos in node.all_processes.values() for info in infos):
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(started.process.pid)
+                below = process.children(recursive=True)
+                process.kill()
+                for child in below:
+                    with contextlib.suppress(psutil.Error):
+                        child.kill()
+
+
 def start(address: str, *arguments: object) -> subprocess.Popen[str]:
     environment = os.environ | {"RAY_ADDRESS": address}
     command = [sys.executable, *map(str, arguments)]

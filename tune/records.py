@@ -12,8 +12,8 @@ from typing import Any
 from space import canonical
 
 from ldm_ray.config import TrainConfig
-from ldm_ray.data.images import write_bytes
 from ldm_ray.errors import ConfigError
+from ldm_ray.paths import write_bytes
 
 SHOWN = 10
 

@@ -31,8 +31,8 @@ from space import SearchConfig
 
 from ldm_ray import checkpoint, cli, runs
 from ldm_ray.config import TrainConfig, outdir
-from ldm_ray.data.images import write_bytes
 from ldm_ray.errors import ConfigError, LdmError
+from ldm_ray.paths import to_path, write_bytes
 
 PROG = "python tune/search.py"
 log = logging.getLogger("ldm_ray.tune")
@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     config = cli.parse_config(SearchConfig, cli.Parser(prog=PROG, description=__doc__), given)
     base = outdir(config.outdir)
+    if not isinstance(base, Path):
+        raise ConfigError(
+            f"--outdir {base} is no folder: a search is kept in a folder that all nodes see (NFS, EFS, Filestore); "
+            "its --ae-ckpt may be in an object store"
+        )
     runs.check_writable(base)
     paths = paths_of(config, base)
     go_on = f"stopped; go on with: {PROG} {shlex.join([flag for flag in given if flag != '--resume'])} --resume"
@@ -89,7 +94,7 @@ def search(config: SearchConfig, paths: SearchPaths, latents: Any, base: Path) -
         if failed:
             raise LdmError(f"all {len(failed)} trials failed; the first: {failed[0].reason} ({paths.trials})")
         raise LdmError(f"no trial finished an epoch within the --time-budget of {config.time_budget}: give it more")
-    fixed = {"dataset": latents.source.name, "ae_ckpt": str(Path(latents.autoencoder.path).absolute())}
+    fixed = {"dataset": latents.source.name, "ae_ckpt": str(to_path(latents.autoencoder.path).absolute())}
     if config.outdir:
         fixed["outdir"] = str(base)
     trained = config.train_config(**{**fixed, **best.settings, "epochs": config.train_epochs})

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ldm_ray.data.images import write_bytes
 from ldm_ray.errors import DataError
 from ldm_ray.models.codec import LatentStatistics
+from ldm_ray.paths import AnyPath, write_bytes
 
 MANIFEST = "manifest.json"
 ROWS_PER_FILE = 1_000_000
@@ -55,12 +54,12 @@ def fingerprint(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: AnyPath) -> bool:
     """True when the job that wrote the folder finished."""
     return (folder / MANIFEST).is_file()
 
 
-def write_examples(folder: Path, table: pa.Table, column: str, identity: dict[str, Any]) -> None:
+def write_examples(folder: AnyPath, table: pa.Table, column: str, identity: dict[str, Any]) -> None:
     """Writes the table (``column``, label, index; sorted by index) and, last, the manifest."""
     manifest: dict[str, Any] = {"fingerprint": fingerprint(identity), "identity": identity, "count": table.num_rows}
     if column == "latent":
@@ -72,17 +71,20 @@ def write_examples(folder: Path, table: pa.Table, column: str, identity: dict[st
         old.unlink()
     for number, start in enumerate(range(0, table.num_rows, ROWS_PER_FILE)):
         part = table.slice(start, ROWS_PER_FILE)
-        pq.write_table(part, folder / f"part-{number:05d}.parquet", compression="zstd")
+        sink = pa.BufferOutputStream()
+        pq.write_table(part, sink, compression="zstd")
+        write_bytes(folder / f"part-{number:05d}.parquet", sink.getvalue())
     write_bytes(folder / MANIFEST, json.dumps(manifest | {"column": column}, indent=1).encode())
 
 
-def read_examples(folder: Path) -> Examples:
+def read_examples(folder: AnyPath) -> Examples:
     """Reads a complete folder. DataError when it is not complete or its rows are not those of the manifest."""
     if not is_complete(folder):
         raise DataError(f"{folder} has no {MANIFEST}: the job that writes it did not finish; run it again")
     manifest = json.loads((folder / MANIFEST).read_text())
     column = manifest["column"]
-    parts = [pq.read_table(file) for file in sorted(folder.glob("part-*.parquet"))]
+    files: list[AnyPath] = sorted(folder.glob("part-*.parquet"), key=str)
+    parts = [pq.read_table(pa.BufferReader(file.read_bytes())) for file in files]
     if sum(part.num_rows for part in parts) != manifest["count"]:
         raise DataError(f"{folder} does not hold the {manifest['count']} rows of its manifest; delete it and run again")
     table = pa.concat_tables(parts).combine_chunks()

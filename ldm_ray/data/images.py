@@ -9,7 +9,6 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_ray.errors import DataError
+from ldm_ray.paths import AnyPath, write_bytes
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 STORED_UP_TO = 4096  # bytes of pixels
@@ -109,23 +109,15 @@ def grid(images: Tensor, columns: int | None = None) -> np.ndarray:
     return picture
 
 
-def save_grid(images: Tensor, path: Path, columns: int | None = None, text: dict[str, str] | None = None) -> None:
+def save_grid(images: Tensor, path: AnyPath, columns: int | None = None, text: dict[str, str] | None = None) -> None:
     """Writes the grid of (N, 1, H, W) uint8 images as a PNG, at once or not at all."""
     write_bytes(path, encode_png(grid(images, columns), text))
 
 
-def save_gif(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 80, last: int = 1500) -> None:
+def save_gif(frames: Sequence[np.ndarray], path: AnyPath, milliseconds: int = 80, last: int = 1500) -> None:
     """Writes (H, W) uint8 frames as an endless GIF; the last frame stays for ``last`` milliseconds."""
     pictures = [Image.fromarray(frame) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [last]
     buffer = io.BytesIO()
     pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     write_bytes(path, buffer.getvalue())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -15,7 +15,7 @@ from ldm_ray.data.images import encode_pngs
 from ldm_ray.dataset.formats import encode
 from ldm_ray.dataset.request import Request
 from ldm_ray.dataset.shards import Job, Record
-from ldm_ray.dataset.store import Store
+from ldm_ray.store import Store
 
 MEASURED = {"cpu": 512, "mps": 512, "cuda": 16_384}
 

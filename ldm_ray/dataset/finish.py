@@ -19,7 +19,7 @@ from ldm_ray.data.images import decode_png, encode_png, grid
 from ldm_ray.dataset.formats import features, rows
 from ldm_ray.dataset.request import Request
 from ldm_ray.dataset.shards import Record, load
-from ldm_ray.dataset.store import PARTIAL, Store
+from ldm_ray.store import PARTIAL, Store
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"

@@ -13,8 +13,8 @@ import pyarrow as pa
 from ldm_ray import checkpoint
 from ldm_ray.config import SamplingConfig
 from ldm_ray.dataset.rows import Labels, Seeds
-from ldm_ray.dataset.store import Store
 from ldm_ray.errors import ConfigError, DataError
+from ldm_ray.store import Store
 
 MANIFEST = "manifest.json"
 VERSION = 1  # of the manifest and the shards

@@ -19,9 +19,9 @@ import torch
 from ldm_ray.checkpoint import DiffusionCheckpoint
 from ldm_ray.dataset.formats import ENDINGS, Shard, encode
 from ldm_ray.dataset.request import Request
-from ldm_ray.dataset.store import Store
 from ldm_ray.errors import ConfigError, DataError
 from ldm_ray.generator import Generator
+from ldm_ray.store import Store
 
 RECORDS = ".committed"
 BATCH = {"cpu": 2048, "mps": 2048, "cuda": 65_536}

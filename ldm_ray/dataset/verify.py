@@ -6,7 +6,6 @@ import hashlib
 import logging
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,11 @@ from ldm_ray.dataset.finish import SUMS, sums
 from ldm_ray.dataset.formats import Row, rows
 from ldm_ray.dataset.request import MANIFEST, Request, read_manifest, rebuild
 from ldm_ray.dataset.shards import Record, file_of, read_record
-from ldm_ray.dataset.store import Store
 from ldm_ray.devices import pick_device
 from ldm_ray.errors import ConfigError, DataError
 from ldm_ray.generator import Generator, fingerprint_of, load
+from ldm_ray.paths import to_path
+from ldm_ray.store import Store
 
 SHOWN = 10
 log = logging.getLogger(__name__)
@@ -76,13 +76,13 @@ def open_generator(request: Request, manifest: Mapping[str, Any], config: Verify
             f"images made by this device ({device.type}) and PyTorch may differ in their last bits from those "
             f"there ({manifest.get('device')}, torch {manifest['versions'].get('torch')}): see --sample 0, hashes alone"
         )
-    path = Path(config.ckpt or manifest["ckpt"]).expanduser()
+    path = to_path(config.ckpt or manifest["ckpt"])
     if not path.is_file():
         raise ConfigError(f"the checkpoint {path} is not there: name it by --ckpt, or check the hashes by --sample 0")
     if file_sha256(path) != request.checkpoint_sha256:
         raise ConfigError(f"{path} is not the dataset's checkpoint, SHA-256 {request.checkpoint_sha256}: see --ckpt")
     ae_ckpt = config.ae_ckpt or manifest.get("ae_ckpt")
-    model = load(path, Path(ae_ckpt).expanduser() if ae_ckpt else None, force=True, search=[path.parent])
+    model = load(path, to_path(ae_ckpt) if ae_ckpt else None, force=True, search=[path.parent])
     if model.autoencoder_sha256 != request.autoencoder_sha256:
         raise ConfigError(f"the dataset's autoencoder has SHA-256 {request.autoencoder_sha256}: name it by --ae-ckpt")
     return Generator.of(model, device)

@@ -14,6 +14,7 @@ import ray
 import ldm_ray
 from ldm_ray.devices import pick_device
 from ldm_ray.errors import ConfigError
+from ldm_ray.paths import AnyPath, to_path
 
 log = logging.getLogger(__name__)
 # Train releases each report when its controller polls: every 2 s by default, which would pace short epochs.
@@ -107,8 +108,8 @@ def use_gpu(device: str | None) -> bool:
     return device in (None, "cuda") and gpus > 0
 
 
-def check_shared(folder: Path) -> None:
-    """With several nodes, makes sure that all of them see the folder. ConfigError otherwise."""
+def check_shared(folder: AnyPath) -> None:
+    """With several nodes, makes sure that all of them see the folder, or may read the store. ConfigError otherwise."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
@@ -117,7 +118,7 @@ def check_shared(folder: Path) -> None:
 
     @ray.remote(num_cpus=0)
     def sees(path: str) -> bool:
-        return Path(path).exists()
+        return to_path(path).exists()
 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -22,6 +22,7 @@ from ldm_ray.data.sources import ImageSource, place
 from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.paths import AnyPath
 from ldm_ray.runs import examples_dir
 
 log = logging.getLogger(__name__)
@@ -73,10 +74,10 @@ def record_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) ->
 def encode(
     source: ImageSource,
     autoencoder: AutoencoderCheckpoint | None,
-    outdir: Path,
+    outdir: AnyPath,
     workers: int | None = None,
     device: str | None = None,
-) -> Path:
+) -> AnyPath:
     """The folder with the examples of a source: latents, or pixels without an autoencoder.
 
     What is there already is reused. Raises DataError on an image that cannot be used.

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -22,6 +21,7 @@ from ldm_ray.data.sources import ImageSource
 from ldm_ray.distributed.cluster import check_shared, cores_of_each, use_gpu
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
 from ldm_ray.errors import LdmError
+from ldm_ray.paths import AnyPath, RemotePath, look_every
 from ldm_ray.training.fit import Job, Place, fit
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def run(job: Job, test: ImageSource | None = None) -> int:
     paths.runs.mkdir(parents=True, exist_ok=True)
     paths.stop.unlink(missing_ok=True)
     paths.diverged.unlink(missing_ok=True)
+    storage = paths.outdir / "ray"
     trainer = TorchTrainer(  # type: ignore[call-arg]  # its type is that of Ray Train's first version
         train_worker,
         train_loop_config={"job": job, "threads": threads, "mps": config.device == "mps"},
@@ -68,7 +69,8 @@ def run(job: Job, test: ImageSource | None = None) -> int:
         run_config=RunConfig(
             # Ray's own state resumes by name whatever the settings; ours is latest.pt, so the name is new each time
             name=f"{paths.name}-{time.time_ns()}",
-            storage_path=str(paths.outdir / "ray"),
+            storage_path=storage.place if isinstance(storage, RemotePath) else str(storage),
+            storage_filesystem=storage.filesystem if isinstance(storage, RemotePath) else None,
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
         validation_config=validation_of(config, paths, test),
@@ -99,7 +101,7 @@ def run(job: Job, test: ImageSource | None = None) -> int:
 class StopRequest:
     """Turns the first SIGINT, SIGTERM or SIGUSR1 into the stop file; a second SIGINT ends at once."""
 
-    def __init__(self, file: Path, first: str = "saving a checkpoint") -> None:
+    def __init__(self, file: AnyPath, first: str = "saving a checkpoint") -> None:
         self.file, self.first, self.received = file, first, 0
 
     def __enter__(self) -> StopRequest:
@@ -126,13 +128,14 @@ class Watch:
 
     def __init__(self, job: Job) -> None:
         self.job, self.read, self.shown = job, 0, ""
+        self.every = look_every(job.paths.metrics, WATCH_S)
         self.measured = len(recorded(job.paths.quality))
         if job.paths.metrics.exists():
             self.read = len(job.paths.metrics.read_text().splitlines())
 
     def until(self, thread: threading.Thread) -> None:
         while thread.is_alive():
-            thread.join(WATCH_S)
+            thread.join(self.every)
             self.look()
         self.look()
         self.line("")
@@ -175,7 +178,7 @@ def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     )
 
 
-def last_metrics(file: Path) -> dict[str, Any] | None:
+def last_metrics(file: AnyPath) -> dict[str, Any] | None:
     lines = file.read_text().splitlines() if file.exists() else []
     return json.loads(lines[-1]) if lines else None
 

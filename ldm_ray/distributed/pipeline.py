@@ -16,7 +16,6 @@ from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.classes import numbered
 from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig, cache_dir, outdir
 from ldm_ray.data.examples import read_examples
-from ldm_ray.data.images import write_bytes
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.distributed import fit
 from ldm_ray.distributed.cluster import connected, use_gpu
@@ -24,6 +23,7 @@ from ldm_ray.distributed.encode import encode, record_of
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models.registry import check_size
 from ldm_ray.models.unet import check_unet
+from ldm_ray.paths import AnyPath, Mirror, to_path, write_bytes
 from ldm_ray.runs import RunPaths
 from ldm_ray.training.fit import Job
 
@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> Outcome:
         return _fit(config, source, folder, base, paths, content, found, test)
 
 
-def pixels_of(config: TrainConfig, base: Path) -> tuple[ImageSource, Path]:
+def pixels_of(config: TrainConfig, base: AnyPath) -> tuple[ImageSource, AnyPath]:
     """(the images, the folder with them as pixels), within ``connected()``."""
     use_gpu(config.device)
     source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
@@ -88,7 +88,7 @@ class Latents:
     """folder: the encoded images of source. autoencoder: the one that made them."""
 
     source: ImageSource
-    folder: Path
+    folder: AnyPath
     autoencoder: AutoencoderCheckpoint
 
     @property
@@ -98,7 +98,7 @@ class Latents:
         return dataclasses.replace(self.autoencoder, codec=codec)
 
 
-def latents_of(config: TrainConfig, base: Path, found: AutoencoderCheckpoint | None) -> Latents | Outcome:
+def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint | None) -> Latents | Outcome:
     """The images as latents of the autoencoder found, within ``connected()``.
 
     Without one, trains it first; when a signal stops that, its outcome.
@@ -130,7 +130,7 @@ def latents_of(config: TrainConfig, base: Path, found: AutoencoderCheckpoint | N
     return Latents(source, folder, found)
 
 
-def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: Path) -> Outcome:
+def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: AnyPath) -> Outcome:
     check_size(config.model, source.image_size)
     paths, content = resumed(config, base)
     folder = encode(source, None, base, config.encode_workers, config.device)
@@ -140,8 +140,8 @@ def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: Path)
 def _fit(
     config: RunConfig,
     source: ImageSource,
-    folder: Path,
-    base: Path,
+    folder: AnyPath,
+    base: AnyPath,
     paths: RunPaths | None,
     content: dict[str, Any] | None,
     autoencoder: AutoencoderCheckpoint | None,
@@ -171,7 +171,7 @@ def _fit(
     return Outcome(paths, code)
 
 
-def resumed(config: RunConfig, base: Path) -> tuple[RunPaths | None, dict[str, Any] | None]:
+def resumed(config: RunConfig, base: AnyPath) -> tuple[RunPaths | None, dict[str, Any] | None]:
     """(paths, checkpoint) of the newest run of these settings under ``--auto-resume``, else (None, None).
 
     Raises ConfigError when that run's configuration differs, with what differs.
@@ -192,9 +192,9 @@ def resumed(config: RunConfig, base: Path) -> tuple[RunPaths | None, dict[str, A
     return paths, content
 
 
-def autoencoder_of(config: TrainConfig, base: Path, content: dict[str, Any] | None) -> AutoencoderCheckpoint | None:
+def autoencoder_of(config: TrainConfig, base: AnyPath, content: dict[str, Any] | None) -> AutoencoderCheckpoint | None:
     """The autoencoder to use: the resumed run's own, the one given, or the newest found."""
-    given = checkpoint.load_autoencoder(Path(config.ae_ckpt).expanduser().absolute()) if config.ae_ckpt else None
+    given = checkpoint.load_autoencoder(to_path(config.ae_ckpt).absolute()) if config.ae_ckpt else None
     if content is not None:
         own = checkpoint.from_embedded(content.get("autoencoder"), Path("--auto-resume"))
         if own is None:
@@ -203,7 +203,7 @@ def autoencoder_of(config: TrainConfig, base: Path, content: dict[str, Any] | No
             raise ConfigError(f"--auto-resume: the run has autoencoder {own.sha256}, --ae-ckpt is {given.sha256}")
         return own
     if given is None:
-        folder = Path(config.ae_ckpt_dir).expanduser().absolute() if config.ae_ckpt_dir else base
+        folder = to_path(config.ae_ckpt_dir).absolute() if config.ae_ckpt_dir else base
         if config.ae_ckpt_dir and not folder.is_dir():
             raise ConfigError(f"--ae-ckpt-dir {folder} is no folder")
         given = runs.find_autoencoder(folder, config.only_digit)
@@ -217,10 +217,11 @@ def autoencoder_of(config: TrainConfig, base: Path, content: dict[str, Any] | No
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
+def log_file(path: AnyPath) -> Iterator[None]:
     """Everything logged goes to the run's file as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    mirror = Mirror(path.parent)
+    handler = logging.FileHandler(mirror.fetch(path.name))
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("ldm_ray")
     logger.addHandler(handler)
@@ -229,3 +230,4 @@ def log_file(path: Path) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
+        mirror.close()

@@ -18,6 +18,7 @@ from ldm_ray import checkpoint
 from ldm_ray.config import RunConfig, TrainConfig
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.metrics.evaluation import figures_of
+from ldm_ray.paths import AnyPath, append_line, to_path
 from ldm_ray.runs import RunPaths
 
 FIGURE = "fd_lenet"
@@ -51,7 +52,7 @@ def reported(config: RunConfig, paths: RunPaths, first: bool, metrics: dict[str,
 def measure(found: Checkpoint, *, images: ray.ObjectRef, paths: RunPaths, samples: int) -> dict[str, Any]:
     """Figures of a checkpoint, in ``quality.jsonl`` as well; the best checkpoint so far becomes ``best.pt``."""
     with found.as_directory() as folder:
-        path = Path(Path(folder, POINTER).read_text())
+        path = to_path(Path(folder, POINTER).read_text())
     torch.set_num_threads(1)
     figures = figures_of(path, torch.tensor(ray.get(images)), samples)
     content, _ = checkpoint.read(path)
@@ -59,11 +60,10 @@ def measure(found: Checkpoint, *, images: ray.ObjectRef, paths: RunPaths, sample
     others = [line[FIGURE] for line in recorded(paths.quality) if line["epoch"] != content["epoch"]]
     if kept[FIGURE] < min(others, default=math.inf):
         checkpoint.write(paths.best, content | {"quality": kept})
-    with paths.quality.open("a") as stream:
-        stream.write(json.dumps(kept) + "\n")
+    append_line(paths.quality, json.dumps(kept))
     return kept
 
 
-def recorded(file: Path) -> list[dict[str, Any]]:
+def recorded(file: AnyPath) -> list[dict[str, Any]]:
     """The lines of a file of JSON lines; none when it is not there."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

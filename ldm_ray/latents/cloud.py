@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ldm_ray.generator import Generator, load
 from ldm_ray.latents.config import TsneConfig
 from ldm_ray.metrics.floors import encode
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.paths import AnyPath, to_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Clouds:
 def gather(config: TsneConfig) -> Clouds:
     """Reads, encodes and makes all of it. LdmError on what does not go together."""
     device, base = pick_device(config.device), outdir(config.outdir)
-    given = [Path(path).expanduser() for path in config.ae_ckpt or ()]
+    given = [to_path(path) for path in config.ae_ckpt or ()]
     denoiser = denoiser_of(config, given, base)
     autoencoders = [load_autoencoder(path) for path in given] or [default_autoencoder(denoiser, base)]
     source = load_source(config.dataset, "test", cache_dir(config.cache_dir))
@@ -95,16 +95,16 @@ def same_classes(made: Sequence[str], real: Sequence[str]) -> bool:
     return tuple(made) == tuple(real) if named else len(real) <= len(made)
 
 
-def denoiser_of(config: TsneConfig, given: list[Path], base: Path) -> DiffusionCheckpoint | None:
+def denoiser_of(config: TsneConfig, given: list[AnyPath], base: AnyPath) -> DiffusionCheckpoint | None:
     """The denoiser with an autoencoder: its own, else the first given, else one that is found."""
     if config.ckpt is None:
         return None
-    path = Path(config.ckpt).expanduser()
+    path = to_path(config.ckpt)
     carried = load_diffusion(path).codec is not None
     return load(path, None if carried or not given else given[0], search=[path.parent, base])
 
 
-def default_autoencoder(denoiser: DiffusionCheckpoint | None, base: Path) -> AutoencoderCheckpoint:
+def default_autoencoder(denoiser: DiffusionCheckpoint | None, base: AnyPath) -> AutoencoderCheckpoint:
     found = (denoiser.autoencoder if denoiser else None) or runs.find_autoencoder(base)
     if found is None:
         raise ConfigError(

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ldm_ray.config import SamplingConfig, cache_dir, outdir
 from ldm_ray.data.examples import fingerprint
-from ldm_ray.data.images import write_bytes
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.errors import DataError
 from ldm_ray.generator import Generator
@@ -25,6 +23,7 @@ from ldm_ray.metrics.floors import autoencoder_hash, floors
 from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import Codec
+from ldm_ray.paths import AnyPath, write_bytes
 from ldm_ray.runs import floors_file
 
 FLOORS_VERSION = 1  # one more whenever the floors or the figures are defined anew
@@ -63,7 +62,7 @@ def evaluate(config: EvaluateConfig, generator: Generator, only_digit: int | Non
     )
 
 
-def figures_of(ckpt: Path, test: Tensor, samples: int) -> dict[str, Any]:
+def figures_of(ckpt: AnyPath, test: Tensor, samples: int) -> dict[str, Any]:
     """``quality`` of a checkpoint's images by the default sampler against test (N, 1, 28, 28) uint8, on the CPU:
     what can be asked for often. Image i has the seed i and the label i mod the number of classes."""
     generator, args = Generator.open(ckpt, torch.device("cpu"))
@@ -170,6 +169,6 @@ def kept_floors(
     return found
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: AnyPath, content: dict[str, Any]) -> None:
     """At once or not at all."""
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

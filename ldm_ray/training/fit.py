@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from ldm_ray import checkpoint
 from ldm_ray.config import RunConfig
 from ldm_ray.data.examples import read_examples, split
-from ldm_ray.data.images import write_bytes
+from ldm_ray.paths import AnyPath, Mirror, append_line, look_every, write_bytes
 from ldm_ray.runs import RunPaths
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import Task, build_task
@@ -28,12 +27,12 @@ PROGRESS_S = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is given. examples: an absolute folder, made of ``data``; autoencoder: the embedded
+    """What every worker is given. examples: a folder that all of them see, made of ``data``; autoencoder: the embedded
     one of a denoiser."""
 
     config: RunConfig
     paths: RunPaths
-    examples: Path
+    examples: AnyPath
     data: dict[str, Any]
     autoencoder: dict[str, Any] | None = None
 
@@ -82,6 +81,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
         fitter.load(content)
         best, before = content["training"]["best"], content.get("train_seconds", 0.0)
     recorder = Recorder(job.paths, config, fitter) if first else None
+    asked_to_stop = StopAsked(job.paths.stop)
 
     def kept() -> dict[str, Any]:
         """What a checkpoint says of the run so far."""
@@ -92,7 +92,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
             recorder.progress(step)
         if step % CHECK_EVERY:
             return False
-        return agreed(first and job.paths.stop.exists(), place)
+        return agreed(first and asked_to_stop(), place)
 
     while fitter.epoch < config.epochs:
         started, from_step = time.perf_counter(), fitter.step
@@ -123,7 +123,7 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
             best = {"val_loss": metrics["val_loss"], "epoch": fitter.epoch}
         patience = config.early_stopping_patience
         early = bool(patience) and fitter.epoch - best["epoch"] >= patience
-        stop = agreed(first and job.paths.stop.exists(), place)
+        stop = agreed(first and asked_to_stop(), place)
         last = early or stop or fitter.epoch == config.epochs
         if recorder:
             if last or config.writes(fitter.epoch):
@@ -159,6 +159,20 @@ def save(
     checkpoint.write(paths.latest, content | {"training": training})
 
 
+class StopAsked:
+    """Whether the command wants the run to stop: a file, looked for at most every few seconds in an object store."""
+
+    def __init__(self, file: AnyPath) -> None:
+        self.file, self.next, self.every = file, 0.0, look_every(file, 0.0)
+
+    def __call__(self) -> bool:
+        now = time.perf_counter()
+        if now < self.next:
+            return False
+        self.next = now + self.every
+        return self.file.exists()
+
+
 class Recorder:
     """The run's records, by the first worker alone: metrics.jsonl, TensorBoard, the progress file."""
 
@@ -166,18 +180,20 @@ class Recorder:
         from tensorboardX import SummaryWriter
 
         self.paths, self.config, self.fitter = paths, config, fitter
-        self.board = SummaryWriter(str(paths.runs), purge_step=fitter.epoch + 1)
+        self.every = look_every(paths.progress, PROGRESS_S)
+        self.mirror = Mirror(paths.runs)
+        self.board = SummaryWriter(str(self.mirror.local), purge_step=fitter.epoch + 1)
         self.next, self.started, self.first_step = 0.0, time.perf_counter(), fitter.global_step
         lines = paths.metrics.read_text().splitlines() if paths.metrics.exists() else []
         kept = [line for line in lines if line.strip() and json.loads(line)["epoch"] <= fitter.epoch]
         write_bytes(paths.metrics, "".join(line + "\n" for line in kept).encode())
 
     def progress(self, step: int) -> None:
-        """Writes how far training is, twice a second at most."""
+        """Writes how far training is, twice a second at most, into an object store more rarely."""
         now = time.perf_counter()
         if now < self.next:
             return
-        self.next = now + PROGRESS_S
+        self.next = now + self.every
         fitter, elapsed = self.fitter, now - self.started
         rate = (fitter.global_step - self.first_step) / max(elapsed, 1e-9)
         state = {
@@ -191,12 +207,12 @@ class Recorder:
         write_bytes(self.paths.progress, json.dumps(state).encode())
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        with self.paths.metrics.open("a") as stream:
-            stream.write(json.dumps(metrics | {"time": time.time()}) + "\n")
+        append_line(self.paths.metrics, json.dumps(metrics | {"time": time.time()}))
         for key, value in metrics.items():
             if key != "epoch":
                 self.board.add_scalar(key, value, metrics["epoch"])
         self.board.flush()
+        self.mirror.send()
 
     def diverged(self, metrics: dict[str, Any]) -> None:
         """Leaves word for the command; the last good checkpoint stays."""
@@ -205,6 +221,7 @@ class Recorder:
 
     def close(self) -> None:
         self.board.close()
+        self.mirror.close()
 
 
 def agreed(wish: bool, place: Place) -> bool:

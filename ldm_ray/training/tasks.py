@@ -22,6 +22,7 @@ from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.unet import UNet
+from ldm_ray.paths import AnyPath
 from ldm_ray.restore import AutoencoderCheckpoint, from_embedded
 
 
@@ -44,7 +45,7 @@ class Task(ABC):
         """The checkpoint."""
 
     @abstractmethod
-    def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
+    def picture(self, ema: nn.Module, path: AnyPath, batch: Tensor) -> None:
         """Writes what the model makes now; batch is held-out data."""
 
 
@@ -71,7 +72,7 @@ class AutoencoderTask(Task):
         return checkpoint.autoencoder_content(self.autoencoder, self.config.model, self.config.to_dict(), **rest)
 
     @torch.no_grad()
-    def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
+    def picture(self, ema: nn.Module, path: AnyPath, batch: Tensor) -> None:
         """Images above, reconstructions below, eight columns."""
         images = batch[:32]
         made = to_uint8(self.autoencoder.eval()(to_float(images)).float())
@@ -131,7 +132,7 @@ class DenoiserTask(Task):
             self.denoiser, ema, self.schedule, self.autoencoder, self.config.to_dict(), **rest
         )
 
-    def picture(self, ema: nn.Module, path: Path, batch: Tensor) -> None:
+    def picture(self, ema: nn.Module, path: AnyPath, batch: Tensor) -> None:
         assert isinstance(ema, ConditionedDenoiser)
         make = Generator(ema, self.codec, self.schedule, self.device, self.config.prediction_type)
         count, digit = self.config.samples_per_epoch, self.config.only_digit

@@ -1,4 +1,4 @@
-"""A dataset's folder on any filesystem that pyarrow opens. A file is there with all of its bytes or not at all."""
+"""A folder on any filesystem that pyarrow opens. A file is there with all of its bytes or not at all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Store:
         return self.where
 
     def path(self, name: str) -> str:
-        return f"{self.root}/{name}"
+        return f"{self.root}/{name}".rstrip("/")
 
     def write(self, name: str, data: bytes, durable: bool = True) -> None:
         """Writes a file, or replaces it, at once. DataError in one line when it cannot be done.
@@ -85,9 +85,17 @@ class Store:
         with self.fs.open_input_stream(self.path(name), compression=None) as stream:
             return stream.read()
 
+    def info(self, name: str) -> fs.FileInfo:
+        """What is there by a name; of type NotFound where nothing is. OSError where that cannot be known."""
+        return self.fs.get_file_info(self.path(name))
+
+    def remove(self, name: str) -> None:
+        """FileNotFoundError, or another OSError."""
+        self.fs.delete_file(self.path(name))
+
     def sizes(self, folder: str = "", recursive: bool = False) -> dict[str, int]:
         """Bytes of every file in a folder by its name under the root (folders: −1); empty when it is not there."""
-        selector = fs.FileSelector(self.path(folder).rstrip("/"), allow_not_found=True, recursive=recursive)
+        selector = fs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         try:
             found = self.fs.get_file_info(selector)
         except OSError as error:

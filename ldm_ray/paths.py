@@ -1,0 +1,229 @@
+"""Files and folders, on a disk or in an object store, behind the part of ``pathlib.Path`` that this package uses."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+from typing import Any
+
+from ldm_ray.errors import DataError
+
+REMOTE_S = 3.0
+
+
+class RemotePath:
+    """A name in a store that pyarrow opens: s3://, gs://, abfs:// and others; a query of the URI stays with it.
+
+    There are no folders, only names that begin alike; a file is there with all of its bytes or not at all.
+    Credentials are those of the environment. Raises ConfigError when pyarrow does not know the URI; later
+    FileNotFoundError where pathlib does, and DataError on whatever else the store refuses.
+    """
+
+    def __init__(self, uri: str, store: Any = None, parts: tuple[str, ...] = ()) -> None:
+        from ldm_ray.store import Store  # pyarrow is only imported where there is a store
+
+        self.uri, self.store, self.parts = uri, store or Store(uri), parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemotePath, (str(self),)
+
+    def __str__(self) -> str:
+        base, mark, query = self.uri.partition("?")
+        return "/".join((base.rstrip("/"), *self.parts)) + mark + query
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: RemotePath) -> bool:
+        return str(self) < str(other)
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(self.uri, self.store, (*self.parts, *PurePosixPath(name).parts))
+
+    def joinpath(self, name: str) -> RemotePath:
+        return self / name
+
+    @property
+    def key(self) -> str:
+        """The name in the store."""
+        return "/".join(self.parts)
+
+    @property
+    def filesystem(self) -> Any:
+        """pyarrow's, which knows the name as ``place``."""
+        return self.store.fs
+
+    @property
+    def place(self) -> str:
+        return self.store.path(self.key)
+
+    @property
+    def name(self) -> str:
+        return self.parts[-1] if self.parts else self.store.root.rpartition("/")[2]
+
+    @property
+    def parent(self) -> RemotePath:
+        if self.parts:
+            return RemotePath(self.uri, self.store, self.parts[:-1])
+        base, mark, query = self.uri.partition("?")
+        return RemotePath(base.rstrip("/").rpartition("/")[0] + mark + query)
+
+    def absolute(self) -> RemotePath:
+        return self
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a folder is there with its first file."""
+
+    def _asked(self, ask: Callable[[str], Any]) -> Any:
+        """What the store says of the name. FileNotFoundError, else DataError in one line."""
+        try:
+            return ask(self.key)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise DataError(f"{self} cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+    def _info(self) -> Any:
+        return self._asked(self.store.info)
+
+    def exists(self) -> bool:
+        return self._info().type.name != "NotFound"
+
+    def is_file(self) -> bool:
+        return self._info().is_file
+
+    def is_dir(self) -> bool:
+        return self._info().type.name == "Directory"
+
+    def stat(self) -> SimpleNamespace:
+        """``st_size``, ``st_mtime`` and ``st_mtime_ns``. FileNotFoundError when it is not there."""
+        info = self._info()
+        if info.type.name == "NotFound":
+            raise FileNotFoundError(f"{self} is not there")
+        changed = info.mtime_ns or 0
+        return SimpleNamespace(st_size=info.size or 0, st_mtime=changed / 1e9, st_mtime_ns=changed)
+
+    def read_bytes(self) -> bytes:
+        return self._asked(self.store.read)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def open(self, mode: str) -> io.BytesIO:
+        """The whole file in memory, to be read."""
+        if mode != "rb":
+            raise ValueError(f"a file of an object store is opened as 'rb', not {mode!r}")
+        return io.BytesIO(self.read_bytes())
+
+    def write_bytes(self, data: bytes) -> None:
+        self.store.write(self.key, data)
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode())
+
+    def touch(self) -> None:
+        self.write_bytes(b"")
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        if missing_ok and not self.exists():
+            return
+        self._asked(self.store.remove)
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        for name in sorted(self.store.sizes(self.key)):
+            yield RemotePath(self.uri, self.store, PurePosixPath(name).parts)
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        """Files (no folders) as many levels down as the pattern has parts, by its wildcards."""
+        depth = len(self.parts) + len(PurePosixPath(pattern).parts)
+        return (path for path in self.rglob(pattern) if len(path.parts) == depth)
+
+    def rglob(self, pattern: str) -> Iterator[RemotePath]:
+        for name, size in sorted(self.store.sizes(self.key, recursive=True).items()):
+            if size >= 0 and PurePosixPath(name).match(pattern):
+                yield RemotePath(self.uri, self.store, PurePosixPath(name).parts)
+
+
+AnyPath = Path | RemotePath
+
+
+def to_path(given: str | os.PathLike[str] | RemotePath) -> AnyPath:
+    """A path, or a name in an object store where there is a ``://``. ConfigError: pyarrow cannot open it."""
+    if isinstance(given, RemotePath) or "://" in str(given):
+        return given if isinstance(given, RemotePath) else RemotePath(str(given))
+    return Path(given).expanduser()
+
+
+def look_every(path: AnyPath, on_disk: float) -> float:
+    """Seconds between looks at a file that another process may write: as given on a disk, more in an object store."""
+    return REMOTE_S if isinstance(path, RemotePath) else on_disk
+
+
+def write_bytes(path: AnyPath, data: bytes | memoryview, durable: bool = False) -> None:
+    """Writes a file at once or not at all: under a temporary name on a disk, whose name is changed then.
+
+    durable: the bytes are on the disk before the name is.
+    """
+    if isinstance(path, RemotePath):
+        path.write_bytes(bytes(data))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def append_line(path: AnyPath, line: str) -> None:
+    """Adds a line to a file that nobody else writes; one in an object store is written again."""
+    if isinstance(path, RemotePath):
+        path.write_text((path.read_text() if path.exists() else "") + line + "\n")
+        return
+    with path.open("a") as stream:
+        stream.write(line + "\n")
+
+
+class Mirror:
+    """``local`` is the folder itself; of one in an object store, a temporary one whose files ``send`` copies there."""
+
+    def __init__(self, folder: AnyPath) -> None:
+        self.folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if isinstance(folder, Path):
+            self.local = folder
+        else:
+            self._temporary = tempfile.TemporaryDirectory()
+            self.local = Path(self._temporary.name)
+
+    def fetch(self, name: str) -> Path:
+        """The local file of a name, with what the folder has by that name."""
+        file = self.local / name
+        if self._temporary and (self.folder / name).exists():
+            file.write_bytes((self.folder / name).read_bytes())
+        return file
+
+    def send(self) -> None:
+        if self._temporary:
+            for file in self.local.iterdir():
+                write_bytes(self.folder / file.name, file.read_bytes())
+
+    def close(self) -> None:
+        self.send()
+        if self._temporary:
+            self._temporary.cleanup()
