@@ -50,8 +50,11 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
         text = field.metadata["help"].replace("%", "%%")
         if field.default is not None and kind is not bool:
             text += f" [{field.default:g}]" if kind is float else f" [{field.default}]"
-        if "recipes" in field.metadata:
-            text += f" [{'; '.join(f'{name}: {value}' for name, value in field.metadata['recipes'].items())}]"
+        recipes = field.metadata.get("recipes", {})
+        if len(set(recipes.values())) == 1:
+            text += f" [{next(iter(recipes.values()))}]"
+        elif recipes:
+            text += f" [{'; '.join(f'{name}: {value}' for name, value in recipes.items())}]"
         settings: dict[str, Any] = {"dest": field.name, "help": text, "default": argparse.SUPPRESS}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm_ray.classes import MAX_CLASSES
 from ldm_ray.errors import ConfigError
@@ -26,6 +27,7 @@ DATASET_HELP = (
     "the hub's MNIST, or the embedded digits where the hub cannot be reached"
 )
 CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
+BETAS = (1e-4, 2e-2)  # published
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 RECIPES = ("best", "classic")
 SPACES = ("latent", "pixel")
@@ -138,10 +140,17 @@ class TrainConfig(RunConfig):
         None, "where to look for an autoencoder, Conv before MLP [the output directory]", kind=str, resume="free"
     )
     num_train_timesteps: int = option(1000, "diffusion timesteps T", flag="T", low=2, high=100_000)
-    beta_start: float = option(1e-4, "noise variance of the first timestep", above=0, below=1)
-    beta_end: float = option(2e-2, "noise variance of the last timestep", above=0, below=1)
-    beta_schedule: str = option(
-        "linear", "shape of the noise schedule; squaredcos_cap_v2 goes by T alone", choices=BETA_SCHEDULES
+    beta_start: float = by_recipe(
+        "noise variance of the first timestep", {"best": BETAS[0], "classic": BETAS[0]}, above=0, below=1
+    )
+    beta_end: float = by_recipe(
+        "noise variance of the last timestep", {"best": BETAS[1], "classic": BETAS[1]}, above=0, below=1
+    )
+    beta_schedule: str = by_recipe(
+        "shape of the noise schedule; linear where a beta or --prediction-type epsilon is given; squaredcos_cap_v2 "
+        "goes by T alone",
+        {"best": "squaredcos_cap_v2", "classic": "linear", "best, pixel": "linear"},
+        choices=BETA_SCHEDULES,
     )
     prediction_type: str = by_recipe(
         "what the denoiser learns: the noise, v, or x0 (sample)",
@@ -173,7 +182,14 @@ class TrainConfig(RunConfig):
     samples_per_epoch: int = option(16, "pictures in a --generate-images grid", low=1, high=4096, resume="free")
 
     def __post_init__(self) -> None:
+        if self.beta_schedule is None and (self.beta_start or self.beta_end or self.prediction_type == "epsilon"):
+            object.__setattr__(self, "beta_schedule", "linear")  # ε tells nothing of x0 where ᾱ is next to 0
         super().__post_init__()
+        if self.beta_schedule == "squaredcos_cap_v2" and (self.beta_start, self.beta_end) != BETAS:
+            raise ConfigError(
+                f"--beta-start {self.beta_start:g} and --beta-end {self.beta_end:g} say nothing to --beta-schedule "
+                "squaredcos_cap_v2, which goes by T alone; leave them out, or take linear or scaled_linear"
+            )
         if self.beta_end < self.beta_start:
             raise ConfigError(f"--beta-end {self.beta_end:g} is below --beta-start {self.beta_start:g}")
         if self.space == "pixel":
@@ -237,48 +253,10 @@ class InferConfig(SamplingConfig):
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingConfig):
-    """``python -m ldm_ray.generate``"""
-
-    ckpt: str | None = option(None, "denoiser checkpoint [the newest under $SCRATCH, else ./outputs]", kind=str)
-    ae_ckpt: str | None = option(
-        None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
-    )
-    force: bool = option(False, "take an --ae-ckpt other than the one trained with")
-    seeds: str = option("0-9999", "an image each: numbers and ranges, such as 0-999999,5,7")
-    labels: str = option(
-        "balanced",
-        "balanced: each class in turn; random: drawn from the seed; classes in turn, such as 7, 0-4,9 or their names; "
-        "or file:PATH with a label for each seed",
-    )
-    outdir: str = option("generated", "the dataset's folder, or s3://, gs:// and what else pyarrow opens")
-    format: str = option("parquet", "what a shard is", choices=("parquet", "png", "webdataset"))
-    shard_size: int = option(10_000, "images per shard", low=1, high=200_000)
-    save_latents: bool = option(False, "also write the whitened latents")
-    npz: bool = option(False, "also write images.npz: arr_0 uint8 (N, H, W, 3), arr_1 labels")
-    num_workers: int | None = option(None, "workers [one per GPU, or per CPU core]", kind=int, low=1)
-    batch_size: int | None = option(
-        None, "images computed at a time; no byte depends on it [CPU: 2048; GPU: 65536]", kind=int, low=1, high=10**6
-    )
-    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
-    resume: str = option("auto", "auto: finish what is there; never: refuse a folder in use", choices=("auto", "never"))
-    dry_run: bool = option(False, "say what would be made, how large and how long; write nothing")
-    requests: str | None = option(None, "a JSONL file of requests to answer instead; see --output", kind=str)
-    output: str | None = option(
-        None, "the answers to --requests, a JSONL file; errors go beside it [FILE.answers.jsonl]", kind=str
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyConfig(Config):
-    """``python -m ldm_ray.generate verify DIR``"""
-
-    sample: int = option(100, "images made again and compared; 0 = check the hashes alone", low=0, high=10**7)
-    seed: int | None = option(None, "which images those are follows from it [drawn]", kind=int, low=0, high=MAX_SEED)
-    ckpt: str | None = option(None, "the checkpoint, if it has moved [as recorded]", kind=str)
-    ae_ckpt: str | None = option(None, "the autoencoder that was given [as recorded]", kind=str)
-    device: str | None = option(None, "cuda, mps or cpu [as recorded]", kind=str, choices=("cuda", "mps", "cpu"))
+def canonical(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a denoiser's settings that have an effect: a squaredcos_cap_v2 schedule goes by T alone."""
+    idle = ("beta_start", "beta_end") if settings.get("beta_schedule") == "squaredcos_cap_v2" else ()
+    return {name: value for name, value in settings.items() if name not in idle}
 
 
 def listed(flag: str, text: str, pattern: str, high: float) -> list[float]:

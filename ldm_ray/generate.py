@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_ray import cli
-from ldm_ray.config import GenerateConfig, VerifyConfig, outdir
+from ldm_ray.config import outdir
+from ldm_ray.dataset.config import GenerateConfig, VerifyConfig
 from ldm_ray.errors import ConfigError
 from ldm_ray.paths import AnyPath, to_path
 

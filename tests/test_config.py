@@ -132,6 +132,7 @@ def test_every_wrong_value_is_refused_in_one_line(config: type[Config], field: d
     "settings",
     [
         {"beta_start": 0.1, "beta_end": 0.01},
+        {"beta_schedule": "squaredcos_cap_v2", "beta_end": 0.01},
         {"num_workers": "0"},
         {"num_workers": "4-2"},
         {"num_workers": "a"},
@@ -142,6 +143,16 @@ def test_every_wrong_value_is_refused_in_one_line(config: type[Config], field: d
 def test_settings_that_do_not_go_together(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         TrainConfig(**settings)
+
+
+def test_a_beta_that_is_given_has_an_effect() -> None:
+    assert TrainConfig().beta_schedule == "squaredcos_cap_v2"
+    for given in ({"beta_end": 1e-2}, {"beta_start": 1e-3}, {"beta_start": 1e-4, "beta_end": 2e-2}):
+        assert TrainConfig(**given).beta_schedule == "linear"
+    assert TrainConfig(prediction_type="epsilon").beta_schedule == "linear"
+    assert TrainConfig(prediction_type="sample").beta_schedule == "squaredcos_cap_v2"
+    assert TrainConfig(beta_schedule="scaled_linear", beta_end=1e-2).beta_end == 1e-2
+    assert TrainConfig.from_dict(TrainConfig().to_dict()) == TrainConfig()
 
 
 def test_worker_range() -> None:

@@ -19,8 +19,9 @@ from PIL import Image
 from test_generate import busy_checkpoint
 
 from ldm_ray import generate
-from ldm_ray.config import GenerateConfig, SamplingConfig
+from ldm_ray.config import SamplingConfig
 from ldm_ray.data.images import decode_png, encode_png
+from ldm_ray.dataset.config import GenerateConfig
 from ldm_ray.dataset.request import MANIFEST, write_manifest
 from ldm_ray.dataset.rows import Labels, Seeds
 from ldm_ray.dataset.shards import Job, ShardMaker, committed

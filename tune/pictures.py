@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 from records import SearchPaths, Trial
-from space import canonical
+from space import DEFAULTS
 
-from ldm_ray.config import BETA_SCHEDULES, TrainConfig
+from ldm_ray.config import BETA_SCHEDULES, canonical
 from ldm_ray.diffusion.schedule import NoiseSchedule
 
 BEST = 5
@@ -78,11 +78,12 @@ def objective(trials: Sequence[Trial], floor: float) -> Any:
                 part = [
                     trial
                     for trial in shown
-                    if trial.settings.get("beta_schedule", "linear") == shape and (trial.status == "finished") == whole
+                    if trial.settings.get("beta_schedule", DEFAULTS.beta_schedule) == shape
+                    and (trial.status == "finished") == whole
                 ]
                 colour = f"C{list(SHAPES).index(shape)}"
                 panel.scatter(
-                    [trial.settings.get(name, getattr(TrainConfig, name)) for trial in part],
+                    [trial.settings.get(name, getattr(DEFAULTS, name)) for trial in part],
                     [score(trial) for trial in part],
                     marker=marker,
                     facecolors=colour if whole else "none",
@@ -130,7 +131,7 @@ def schedules(best: Sequence[Trial], num_train_timesteps: int) -> Any:
 def schedule_of(settings: dict[str, Any], num_train_timesteps: int) -> NoiseSchedule:
     """The schedule of a trial; what it does not set has the default."""
     names = ("beta_start", "beta_end", "beta_schedule")
-    known = {name: canonical(settings)[name] for name in names if name in canonical(settings)}
+    known = canonical({name: settings.get(name, getattr(DEFAULTS, name)) for name in names})
     return NoiseSchedule(num_train_timesteps, **known)
 
 

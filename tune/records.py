@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from space import canonical
-
-from ldm_ray.config import TrainConfig
+from ldm_ray.config import TrainConfig, canonical
 from ldm_ray.errors import ConfigError
 from ldm_ray.paths import write_bytes
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_ray.cli import number
-from ldm_ray.config import TrainConfig
+from ldm_ray.config import TrainConfig, canonical
 from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, check_value, flag_of, kind_of, option
 
@@ -28,7 +28,6 @@ SEARCHED = (
     "prediction_type",
 )
 SHARED = ("only_digit", "num_train_timesteps", "ae_ckpt", "ae_ckpt_dir", "amp", "val_fraction", "encode_workers")
-BETAS = ("beta_start", "beta_end")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -63,7 +62,7 @@ class SearchConfig(Config):
     lr: str = values_of("lr", "1e-4:1e-2")
     beta_start: str = values_of("beta_start", "1e-5:1e-3")
     beta_end: str = values_of("beta_end", "5e-3:5e-2")
-    beta_schedule: str = values_of("beta_schedule", "linear,scaled_linear")
+    beta_schedule: str = values_of("beta_schedule", "linear,scaled_linear,squaredcos_cap_v2")
     batch_size: str | None = values_of("batch_size", None)
     hidden_dim: str | None = values_of("hidden_dim", None)
     weight_decay: str | None = values_of("weight_decay", None)
@@ -136,7 +135,7 @@ class SearchConfig(Config):
     def train_config(self, **settings: Any) -> TrainConfig:
         """A run of ``ldm_ray.train`` with the given values of searched settings and these of all others."""
         shared = ("dataset", "cache_dir", "outdir", "seed", "device", *SHARED)
-        return TrainConfig(**{**{name: getattr(self, name) for name in shared}, **settings})
+        return TrainConfig(**{**{name: getattr(self, name) for name in shared}, **canonical(settings)})
 
 
 @dataclass(frozen=True)
@@ -219,12 +218,6 @@ def planned(config: SearchConfig) -> list[dict[str, Any]] | None:
             seen.add(effective)
     random.Random(config.seed).shuffle(grid)  # so that a part of it is a sample of all
     return grid[: config.num_samples]
-
-
-def canonical(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings that have no effect: a squaredcos_cap_v2 schedule goes by T alone."""
-    idle = BETAS if settings.get("beta_schedule") == "squaredcos_cap_v2" else ()
-    return {name: value for name, value in settings.items() if name not in idle}
 
 
 def default_of(space: dict[str, Values]) -> dict[str, Any] | None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
-from records import Records, Trial, canonical
+from records import Records, Trial
+
+from ldm_ray.config import canonical
 
 log = logging.getLogger("ldm_ray.tune")
 WATCH_S = 0.2

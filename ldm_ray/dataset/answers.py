@@ -21,8 +21,9 @@ import torch
 
 from ldm_ray.checkpoint import DiffusionCheckpoint
 from ldm_ray.classes import class_of, numbered, told
-from ldm_ray.config import MAX_SEED, GenerateConfig, SamplingConfig
+from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.data.images import encode_pngs
+from ldm_ray.dataset.config import GenerateConfig
 from ldm_ray.dataset.shards import BATCH
 from ldm_ray.devices import pick_device
 from ldm_ray.diffusion.samplers import plan_of

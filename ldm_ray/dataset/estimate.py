@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 
 from ldm_ray.checkpoint import DiffusionCheckpoint
-from ldm_ray.config import GenerateConfig
 from ldm_ray.data.images import encode_pngs
+from ldm_ray.dataset.config import GenerateConfig
 from ldm_ray.dataset.formats import encode
 from ldm_ray.dataset.request import Request
 from ldm_ray.dataset.shards import Job, Record

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ldm_ray.checkpoint import file_sha256
-from ldm_ray.config import VerifyConfig
 from ldm_ray.data.images import encode_pngs
+from ldm_ray.dataset.config import VerifyConfig
 from ldm_ray.dataset.finish import SUMS, sums
 from ldm_ray.dataset.formats import Row, rows
 from ldm_ray.dataset.request import MANIFEST, Request, read_manifest, rebuild

@@ -13,7 +13,7 @@ import torch
 from ray import tune
 
 from ldm_ray.classes import numbered
-from ldm_ray.config import TrainConfig
+from ldm_ray.config import TrainConfig, canonical
 from ldm_ray.training import trial
 from ldm_ray.training.trial import Diverged, TrialData
 
@@ -47,7 +47,7 @@ def run_trial(config: dict[str, Any], setup: Setup, arrays: dict[str, np.ndarray
     with warnings.catch_warnings():  # torch warns that the arrays are read-only; nothing writes to them
         warnings.simplefilter("ignore")
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    train, device = TrainConfig(**{**setup.base, **config["settings"]}), torch.device(setup.device)
+    train, device = TrainConfig(**{**setup.base, **canonical(config["settings"])}), torch.device(setup.device)
     data = TrialData(**tensors, autoencoder=autoencoder, class_names=setup.class_names)
     epoch = 0
     try:
