@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("mlp", "conv"), help="train this autoencoder")
     parser.add_argument("--ae-ckpt", type=Path, help="train denoisers over this autoencoder")
     parser.add_argument("--save", help="write the last autoencoder here")
-    parser.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--guidance-scale", type=float, nargs="+", default=[SamplingConfig().guidance_scale])
     parser.add_argument("--steps", type=int, nargs="+", default=[8], help="of the sampler")
     parser.add_argument("--every", type=int, default=0, help="measure denoisers also every so many epochs")
     parser.add_argument("--threads", type=int, default=2)

@@ -26,7 +26,7 @@ from ldm_ray.checkpoint import load_diffusion
 from ldm_ray.config import SamplingConfig
 from ldm_ray.data.images import to_uint8
 from ldm_ray.devices import pick_device
-from ldm_ray.diffusion.samplers import ddpm, dpmpp_2m, plan_of, sample
+from ldm_ray.diffusion.samplers import ddpm, denoiser_rows, dpmpp_2m, plan_of, sample
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
 from ldm_ray.generator import Generator
 from ldm_ray.models.tabled import TabledDenoiser
@@ -96,7 +96,7 @@ class Ways:
 
 
 def measure(ways: Ways, count: int, repeats: int) -> None:
-    thousand = {"sampler": "ddpm", "num_inference_steps": ways.timed}
+    thousand = {"sampler": "ddpm", "num_inference_steps": ways.timed, "guidance_scale": 1.0}
     scale = ways.schedule.num_train_timesteps / ways.timed
     table = {
         "loop": lambda: ways.loop(ways.denoiser, count),
@@ -104,10 +104,11 @@ def measure(ways: Ways, count: int, repeats: int) -> None:
         "loop, tabled": lambda: ways.loop(ways.tabled, count),
         "ddpm": lambda: ways.engine(count, scale, **thousand),
         "loop, tabled, dpmpp 8": lambda: ways.loop(ways.tabled, count, dpmpp_2m, 8),
-        "dpmpp_2m 8 (default)": lambda: ways.engine(count),
-        "dpmpp_2m 20": lambda: ways.engine(count, num_inference_steps=20),
+        "dpmpp_2m 8, guidance 1": lambda: ways.engine(count, guidance_scale=1.0),
+        "default: guidance 2 at the end": lambda: ways.engine(count),
+        "default, all steps guided": lambda: ways.engine(count, guidance_start=0.0),
+        "dpmpp_2m 12": lambda: ways.engine(count, num_inference_steps=12),
         "ddim 20": lambda: ways.engine(count, sampler="ddim"),
-        "default, guidance 2": lambda: ways.engine(count, guidance_scale=2.0),
     }
     in_turn(table, 1)  # warms up
     show(f"batch {count:,}", in_turn(table, repeats), "images/s")
@@ -141,7 +142,7 @@ def main() -> None:
     print(
         f"{ways.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rate / 1e9:,.0f} GFLOP/s fp32"
     )
-    floor = rate / (len(plan) * MATRIX_FLOP)
+    floor = rate / (denoiser_rows(plan, SamplingConfig().guidance_scale) * MATRIX_FLOP)
     print(
         f"floor of the default's {len(plan)} steps, matrices of the denoiser alone: {floor:,.0f} images/s", flush=True
     )

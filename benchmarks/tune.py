@@ -164,7 +164,7 @@ def rank_one(job: tuple[Bench, dict[str, Any], str]) -> dict[str, Any]:
     metric, score = ClassFrechet(data.train, data.train_labels), kept[0]
     labels, fitter = metric.balanced_labels(2000), score.fitter
     generator = Generator(fitter.averaged, codec, fitter.task.schedule)
-    sampling = SamplingConfig(sampler="ddpm", num_inference_steps=250)
+    sampling = SamplingConfig(sampler="ddpm", num_inference_steps=250, guidance_scale=1.0)
     made = generator.latents(range(2000), labels.tolist(), sampling)
     images = codec.decode(made)
     row = {"early": early, "short": curve[early - 1]["objective"], "whole": curve[-1]["objective"]}

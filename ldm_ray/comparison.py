@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_ray.checkpoint import DiffusionCheckpoint, embed
 from ldm_ray.config import SamplingConfig, TrainConfig
-from ldm_ray.diffusion.samplers import plan_of
+from ldm_ray.diffusion.samplers import denoiser_rows, plan_of
 from ldm_ray.generator import Generator, load
 from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath
@@ -38,7 +38,7 @@ def facts(loaded: DiffusionCheckpoint, sampling: SamplingConfig) -> dict[str, An
     generator = Generator.of(loaded)
     args = loaded.info.get("args", {})
     plan = plan_of(loaded.schedule, sampling, loaded.prediction_type)
-    passes = len(plan) * (1 if sampling.guidance_scale == 1 else 2)
+    passes = denoiser_rows(plan, sampling.guidance_scale)
     dim = generator.codec.latent_dim
     xt, t, labels = torch.zeros(1, dim), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     step = operations(lambda: generator.denoiser(xt, t, labels))

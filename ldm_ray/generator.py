@@ -30,7 +30,7 @@ from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, to_path
 from ldm_ray.tiles import PIXEL_SIZES, SIZES, Tiles
 
-ENGINE = 1  # goes up with every change to what a seed's bytes are
+ENGINE = 2  # goes up with every change to what a seed's bytes are
 DEFAULT = SamplingConfig()
 Watch = Callable[[int, int, Tensor], bool | None]
 log = logging.getLogger(__name__)
@@ -185,8 +185,8 @@ class Generator:
         seeds, labels (n,), start (n, D): the noise of step 0."""
         count = len(seeds)
         noise = ImageNoise(filled(seeds, size), self.codec.latent_dim)
-        denoise = guided(self.denoiser, guidance_scale, self.null_label)
-        steps = sample(denoise, plan, filled(start, size), filled(labels, size), noise)
+        denoise_guided = guided(self.denoiser, guidance_scale, self.null_label)
+        steps = sample(self.denoiser, plan, filled(start, size), filled(labels, size), noise, denoise_guided)
         for step, state in enumerate(steps):
             if watch is not None and watch(first, step, state[1][:count]) is False:
                 raise Cancelled

@@ -9,7 +9,7 @@ from enum import Enum
 from torch import Tensor
 
 from ldm_ray.config import SamplingConfig
-from ldm_ray.diffusion.samplers import Plan
+from ldm_ray.diffusion.samplers import Plan, denoiser_rows
 
 
 class Outcome(Enum):
@@ -49,6 +49,7 @@ class Job:
     plan: Plan = field(default=(), init=False, repr=False)
     plan_id: int = field(default=0, init=False, repr=False)
     noisy: bool = field(default=False, init=False)  # whether any step adds noise
+    guided_from: int = field(default=0, init=False)  # the first guided step; the number of steps where there is none
 
     @property
     def scale(self) -> float:
@@ -56,5 +57,5 @@ class Job:
 
     @property
     def work(self) -> int:
-        """Denoiser rows that the whole job takes: n × steps, twice that under guidance; at least n."""
-        return len(self.seeds) * max(1, len(self.plan)) * (1 if self.scale == 1 else 2)
+        """Denoiser rows that the whole job takes, at least n."""
+        return len(self.seeds) * denoiser_rows(self.plan, self.scale)

@@ -55,7 +55,7 @@ def tiles_of(images: Sequence[Image], size_for: Callable[[int], int]) -> list[Ti
     """Images in tiles, those of one plan and step side by side."""
     tiles = []
     for kind in (False, True):
-        chosen = [image for image in images if (image.job.scale != 1) is kind]
+        chosen = [image for image in images if (image.step >= image.job.guided_from) is kind]
         if not chosen:
             continue
         chosen.sort(key=lambda image: (image.job.plan_id, image.step))
@@ -101,8 +101,8 @@ class Board:
         self._free += [image.place for image in images]
 
     def leg(self, tile: Tile) -> int:
-        """Steps taken by every image of a tile, at least 1 and at most its limit: until an image is finished or to
-        be shown, something changed, or a deadline came. −1: an error, which is logged."""
+        """Steps taken by every image of a tile, at least 1 and at most its limit: until an image is finished, to be
+        shown or guided, something changed, or a deadline came. −1: an error, which is logged."""
         try:
             return self._leg(tile)
         except Exception:
@@ -124,7 +124,8 @@ class Board:
         first = torch.tensor([i.step + 1 - i.drawn if i.job.noisy else 0 for i in images], device=self.device)
         offsets = filled(first, size)
         timesteps, steps = self._uniform(runs[0][0], limit, size) if len(runs) == 1 else self._mixed(runs, limit, size)
-        denoise = guided(self.generator.denoiser, self._scale(tile), self.generator.null_label)
+        scale = self._scale(tile) if tile.guided else 1.0
+        denoise = guided(self.generator.denoiser, scale, self.generator.null_label)
         taken = 0
         while True:
             output = denoise(xt, timesteps[taken], labels)
@@ -149,9 +150,9 @@ class Board:
         return to_uint8(made.nan_to_num())[:, 0].cpu(), latents.cpu(), finite
 
     def _until_stop(self, image: Image) -> int:
-        """Steps until an image is finished or to be shown."""
-        stop = min((step for step in image.job.show if step > image.step), default=len(image.job.plan))
-        return min(stop, len(image.job.plan)) - image.step
+        """Steps until an image is finished, to be shown, or guided."""
+        stops = [*image.job.show, image.job.guided_from, len(image.job.plan)]
+        return min(step for step in stops if step > image.step) - image.step
 
     def _draw(self, images: list[Image]) -> None:
         """Draws the noise of the coming steps for noisy images that have none left."""

@@ -94,6 +94,8 @@ class Slots:
         if job.sampling is not None:
             job.plan_id, job.plan = self._plan(job.sampling)
             job.noisy = any(step.sigma for step in job.plan)
+            guided = [i for i, step in enumerate(job.plan) if step.guided and job.scale != 1]
+            job.guided_from = min(guided, default=len(job.plan))
         job.outcomes, job.open = [None] * count, count
         with self._wake:
             if self._closed:

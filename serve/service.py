@@ -14,6 +14,7 @@ import torch
 
 from ldm_ray.classes import class_in
 from ldm_ray.config import MAX_SEED, SamplingConfig
+from ldm_ray.diffusion.samplers import denoiser_rows
 from ldm_ray.errors import ConfigError
 from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slots import Closed
@@ -47,6 +48,13 @@ class Order:
     def steps(self) -> int:
         return 0 if self.sampling is None else len(self.served.slots.plan(self.sampling))
 
+    @property
+    def work(self) -> int:
+        """Denoiser rows, at least one an image."""
+        if self.sampling is None:
+            return len(self.seeds)
+        return len(self.seeds) * denoiser_rows(self.served.slots.plan(self.sampling), self.sampling.guidance_scale)
+
     def text(self) -> dict[str, str]:
         """What every image's PNG says, beside seed and label."""
         told: dict[str, object] = {"model": self.served.name, "checkpoint": self.served.generator.sha256}
@@ -54,6 +62,7 @@ class Order:
         if self.sampling is not None:
             told |= {"sampler": self.sampling.sampler, "steps": self.steps}
             told["guidance"] = f"{self.sampling.guidance_scale:g}"
+            told["guidance_start"] = f"{self.sampling.guidance_start:g}"
         return {key: str(value) for key, value in told.items()}
 
 
@@ -132,10 +141,9 @@ class Service:
         if self.draining:
             raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
         limits, slots = self.settings, order.served.slots
-        rows = 2 if order.sampling is not None and order.sampling.guidance_scale != 1 else 1
-        work = len(order.seeds) * max(1, order.steps) * rows
+        work = order.work
         if work > limits.max_work:
-            told = f"n × steps{' × 2 for guidance' * (rows - 1)} is {work:,}; at most {limits.max_work:,} is allowed"
+            told = f"n × steps, guided ones twice, is {work:,}; at most {limits.max_work:,} is allowed"
             raise invalid("n", told, "too_much_work")
         queued = sum(served.slots.outstanding for served in self.library.loaded.values())
         images = sum(served.slots.open for served in self.library.loaded.values())

@@ -33,7 +33,7 @@ class Settings(BaseModel):
     replicas: str = Field("1", description="replicas: a number, or MIN-MAX to scale with the load")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a replica [the cores there are]")
     models: int = Field(4, ge=1, le=64, description="checkpoints that a replica keeps loaded")
-    max_work: int = Field(512_000, ge=1, description="largest request: n × steps, × 2 under guidance")
+    max_work: int = Field(512_000, ge=1, description="largest request: n × steps, guided ones twice")
     max_queue: int = Field(2_048_000, ge=1, description="the same over all requests that a replica has taken")
     max_images: int = Field(16_384, ge=1, description="images over all requests that a replica has taken")
     deadline_s: float = Field(60.0, gt=0, le=86_400, description="seconds after which a request ends with 408")

@@ -176,12 +176,27 @@ def test_ddpm_over_all_timesteps_is_the_straightforward_loop() -> None:
 
 def test_guidance_of_one_is_no_guidance_and_none_is_unconditional(generator: Generator) -> None:
     labels: list[int | None] = [1, 2, None, 4]
-    plain = generator.latents([1, 2, 3, 4], labels)
+    plain = generator.latents([1, 2, 3, 4], labels, SamplingConfig(guidance_scale=1.0))
     null = generator.latents([1, 2, 3, 4], [None] * 4)
-    off = generator.latents([1, 2, 3, 4], labels, SamplingConfig(guidance_scale=0.0))
+    off = generator.latents([1, 2, 3, 4], labels, SamplingConfig(guidance_scale=0.0, guidance_start=0.0))
     torch.testing.assert_close(off, null, rtol=0, atol=1e-4)
     assert not torch.allclose(plain, null, atol=1e-2)
-    torch.testing.assert_close(generator.decode(plain), generator([1, 2, 3, 4], labels), rtol=0, atol=0)
+    images = generator([1, 2, 3, 4], labels, SamplingConfig(guidance_scale=1.0))
+    assert torch.equal(generator.decode(plain), images)
+
+
+def test_guidance_sets_in_after_its_start(generator: Generator) -> None:
+    """Up to there the images are those without; which step is the first goes by the share that is behind its middle."""
+
+    def x0(scale: float, steps: int, start: float) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        sampling = SamplingConfig(num_inference_steps=steps, guidance_scale=scale, guidance_start=start)
+        generator([5, 6], [1, 2], sampling, watch=lambda first, step, x0_pred: seen.append(x0_pred.clone()))
+        return seen
+
+    for steps, start, first in ((8, 0.85, 7), (12, 0.85, 10), (20, 0.85, 17), (1, 0.85, 0), (4, 0.5, 2), (3, 0.0, 0)):
+        same = [torch.equal(a, b) for a, b in zip(x0(1.0, steps, start), x0(3.0, steps, start), strict=True)]
+        assert same == [i < first for i in range(steps)], (steps, start)
 
 
 def test_steps_can_be_watched_and_cancelled(generator: Generator) -> None:

@@ -18,7 +18,7 @@ from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slot_tiles import Image
 from ldm_ray.slots import Closed, Slots, choose
 
-LONG = SamplingConfig(sampler="ddpm")  # 1000 steps
+LONG = SamplingConfig(sampler="ddpm", guidance_scale=1.0)  # 1000 steps
 SHORT = SamplingConfig(num_inference_steps=3)
 
 
@@ -63,6 +63,7 @@ def some_sampling(dice: random.Random) -> SamplingConfig:
         num_inference_steps=dice.choice([1, 2, 5, 8, 70]),
         eta=dice.choice([0.0, 0.6]) if sampler == "ddim" else 0.0,
         guidance_scale=dice.choice([1.0, 1.0, 0.0, 2.5, 7.0]),
+        guidance_start=dice.choice([0.0, 0.4, 0.85]),
     )
 
 

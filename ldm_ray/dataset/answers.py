@@ -30,7 +30,7 @@ from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import DEFAULT, Generator
 
-SAMPLING = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale")
+SAMPLING = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale", "guidance_start")
 FIELDS = {"class_label", "prompt", "n", "seed", "seeds", "model", "response_format", *SAMPLING}
 MOST = 256  # images of a request
 LONGEST = 1 << 20  # characters of a line

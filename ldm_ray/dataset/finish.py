@@ -83,7 +83,7 @@ def card(request: Request, records: Mapping[int, Record], manifest: Mapping[str,
         "labels": short(request.labels.rule),
         "sampler": f"{request.sampling.sampler}, {request.sampling.num_inference_steps} steps, "
         f"{request.sampling.timestep_spacing} spacing, eta {request.sampling.eta:g}",
-        "guidance": f"{request.sampling.guidance_scale:g}",
+        "guidance": f"{request.sampling.guidance_scale:g}, from {request.sampling.guidance_start:g} of the steps on",
         "checkpoint, SHA-256": request.checkpoint_sha256,
         "autoencoder, SHA-256": request.autoencoder_sha256 or "none: it diffuses pixels",
         "engine": f"{request.engine} ({manifest.get('device')})",

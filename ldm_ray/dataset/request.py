@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ldm_ray.errors import ConfigError, DataError
 from ldm_ray.store import Store
 
 MANIFEST = "manifest.json"
-VERSION = 1  # of the manifest and the shards
+VERSION = 2  # of the manifest and the shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,7 @@ def rebuild(manifest: dict[str, Any], store: Store) -> Request:
         num_classes, seeds = int(manifest["num_classes"]), Seeds.parse(identity["seeds"])
         rule = str(identity["labels"])
         labels = Labels(rule, num_classes) if rule.startswith("file:") else Labels.parse(rule, num_classes, 0)
-        fields = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale")
+        fields = [field.name for field in dataclasses.fields(SamplingConfig)]
         others = ("shard_size", "format", "save_latents", "checkpoint_sha256", "autoencoder_sha256", "engine")
         return Request(
             seeds=seeds,

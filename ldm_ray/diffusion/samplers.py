@@ -42,6 +42,7 @@ class Step:
     x0: float | Tensor
     before: float | Tensor = 0.0
     sigma: float | Tensor = 0.0
+    guided: bool = True  # where there is guidance
 
 
 Plan = tuple[Step, ...]
@@ -122,13 +123,25 @@ def dpmpp_2m(schedule: NoiseSchedule, transitions: Sequence[Transition], predict
 
 
 def plan_of(schedule: NoiseSchedule, sampling: SamplingConfig, prediction_type: str = "epsilon") -> Plan:
-    """The plan of some settings, with their defaults filled in. ConfigError: more steps than timesteps."""
+    """The plan of some settings, with their defaults filled in. ConfigError: more steps than timesteps.
+
+    Guided are the last step and those whose middle is past the share ``guidance_start``: a few late steps are enough
+    for the class, and early guidance costs variety (Kynkäänniemi et al., arXiv:2404.07724).
+    """
     full = with_defaults(schedule, sampling)
     assert full.num_inference_steps is not None and full.timestep_spacing is not None
     transitions = transitions_of(spaced_timesteps(schedule, full.num_inference_steps, full.timestep_spacing))
     if full.sampler == "ddim":
-        return ddim(schedule, transitions, prediction_type, full.eta)
-    return {"ddpm": ddpm, "dpmpp_2m": dpmpp_2m}[full.sampler](schedule, transitions, prediction_type)
+        plan = ddim(schedule, transitions, prediction_type, full.eta)
+    else:
+        plan = {"ddpm": ddpm, "dpmpp_2m": dpmpp_2m}[full.sampler](schedule, transitions, prediction_type)
+    first = min(full.guidance_start * len(plan) - 0.5, len(plan) - 1)
+    return tuple(dataclasses.replace(step, guided=i >= first) for i, step in enumerate(plan))
+
+
+def denoiser_rows(plan: Plan, guidance_scale: float) -> int:
+    """Rows that the denoiser computes for one image: one a step, two under guidance; at least 1."""
+    return max(1, len(plan) + (guidance_scale != 1) * sum(step.guided for step in plan))
 
 
 def with_defaults(schedule: NoiseSchedule, sampling: SamplingConfig) -> SamplingConfig:
@@ -173,17 +186,23 @@ def advance(
 
 
 def sample(
-    denoise: Denoise, plan: Plan, latents: Tensor, labels: Tensor, noise: Noise
+    denoise: Denoise,
+    plan: Plan,
+    latents: Tensor,
+    labels: Tensor,
+    noise: Noise,
+    denoise_guided: Denoise | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Follows a plan from unit Gaussian latents (B, D), labels (B,).
 
-    ``denoise(latents, t (B,) int64, labels)`` gives the model's output (B, D); ``noise(i)`` unit Gaussian noise
-    (B, D) for step i = 1…S. Yields (latents after the step, x0 predicted in it); the last latents are the
-    samples. Stop iterating to cancel.
+    ``denoise(latents, t (B,) int64, labels)`` gives the model's output (B, D), in guided steps ``denoise_guided``;
+    ``noise(i)`` unit Gaussian noise (B, D) for step i = 1…S. Yields (latents after the step, x0 predicted in it); the
+    last latents are the samples. Stop iterating to cancel.
     """
     timesteps = torch.tensor([step.t for step in plan], device=latents.device)
     before: Tensor | None = None
     for i, step in enumerate(plan):
-        output = denoise(latents, timesteps[i].expand(len(latents)), labels)
+        chosen = denoise_guided if denoise_guided and step.guided else denoise
+        output = chosen(latents, timesteps[i].expand(len(latents)), labels)
         latents, before = advance(step, latents, output, before, noise(i + 1) if step.sigma else None)
         yield latents, before

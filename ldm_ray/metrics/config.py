@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ldm_ray.config import CACHE_HELP, DATASET_HELP, MAX_SEED, SamplerConfig, SamplingConfig, listed
+from ldm_ray.config import CACHE_HELP, DATASET_HELP, GUIDANCE_SCALE, MAX_SEED, SamplerConfig, SamplingConfig, listed
 from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, option
 
@@ -26,7 +26,9 @@ class EvaluateConfig(SamplerConfig):
     output: str = option("evaluation", "folder for metrics.json and samples.png")
     samples: int = option(10_000, "images for each sampling seed, as many of each digit", low=10, high=1_000_000)
     seeds: str = option("0,1,2", "sampling seeds, for the spread: image i of sampling seed s has seed s·samples + i")
-    guidance_scale: str = option("1", "classifier-free guidance, 1 = off; several (1,1.5,2) are measured in turn")
+    guidance_scale: str = option(
+        f"{GUIDANCE_SCALE:g}", "classifier-free guidance, 1 = off; several (1,1.5,2) are measured in turn"
+    )
     device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
     baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (a minute or two)")
     ddpm_floor: bool = option(False, "also measure DDPM with every timestep of the same weights (slow)")
