@@ -29,7 +29,7 @@ from ldm_ray.generator import Generator
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "a-secret-of-the-tests"
 MAX_IMAGES = 2000
-DEADLINE_S = 4
+DEADLINE_S = 2
 POST = "/v1/images/generations"
 
 

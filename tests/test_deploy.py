@@ -16,14 +16,16 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from ldm_ray import cli, config
+from ldm_ray import cli
+from ldm_ray.config import TrainConfig
+from ldm_ray.dataset.config import GenerateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHED = ["cluster.yaml", "deploy/gcp.yaml", "deploy/local.yaml"]
 CLOUDS = LAUNCHED[:2]
 KUBERAY = ROOT / "deploy" / "kuberay"
 SPEC = {"RayCluster": "spec", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
-PARSERS = {"ldm_ray.train": config.TrainConfig, "ldm_ray.generate": config.GenerateConfig}
+PARSERS = {"ldm_ray.train": TrainConfig, "ldm_ray.generate": GenerateConfig}
 
 
 def pinned(package: str) -> str:
