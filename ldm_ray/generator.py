@@ -18,7 +18,7 @@ from ldm_ray.classes import numbered
 from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.data.images import to_uint8
 from ldm_ray.diffusion.guidance import guided
-from ldm_ray.diffusion.noise import ImageNoise, gaussian
+from ldm_ray.diffusion.noise import AHEAD, ImageNoise
 from ldm_ray.diffusion.samplers import Denoise, Plan, plan_of, sample
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
@@ -119,8 +119,8 @@ class Generator:
     ) -> tuple[Tensor, Tensor]:
         """(images, finite (B,) bool): as above, but one that is not finite takes nothing from the others."""
         parts = self._tiled(seeds, labels, sampling, watch, decode=True)
-        images = torch.cat([part[0] for part in parts])
-        return to_uint8(images.nan_to_num()).cpu(), torch.cat([part[1] for part in parts]).cpu()
+        images, finite = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        return images, finite
 
     def latents(self, seeds: Sequence[int], labels: Sequence[int | None], sampling: SamplingConfig = DEFAULT) -> Tensor:
         """Whitened latents (B, D) float32, what ``decode`` makes the images of."""
@@ -158,11 +158,9 @@ class Generator:
         size = self.tiles.size_for(len(seeds))
 
         drawn = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        start = gaussian(drawn, 0, self.codec.latent_dim)[0]
 
         def work(first: int) -> tuple[Tensor, Tensor]:
-            rows = slice(first, first + size)
-            tile = drawn[rows], wanted[rows], start[rows]
+            tile = drawn[first : first + size], wanted[first : first + size]
             return self._tile(size, first, *tile, plan, sampling.guidance_scale, watch, decode)
 
         return self.tiles.map(work, range(0, len(seeds), size))
@@ -174,25 +172,25 @@ class Generator:
         first: int,
         seeds: Tensor,
         labels: Tensor,
-        start: Tensor,
         plan: Plan,
         guidance_scale: float,
         watch: Watch | None,
         decode: bool,
     ) -> tuple[Tensor, Tensor]:
-        """(images (n, 1, H, W) in [0, 1], or latents (n, D); finite (n,)) of the n ≤ size images from ``first``.
-
-        seeds, labels (n,), start (n, D): the noise of step 0."""
+        """(images (n, 1, H, W) uint8, or latents (n, D); finite (n,)) of the n ≤ size images from ``first``, of
+        these seeds, labels (n,)."""
         count = len(seeds)
-        noise = ImageNoise(filled(seeds, size), self.codec.latent_dim)
+        ahead = min(AHEAD, len(plan)) if any(step.sigma for step in plan) else 1
+        noise = ImageNoise(filled(seeds, size), self.codec.latent_dim, ahead)
         denoise_guided = guided(self.denoiser, guidance_scale, self.null_label)
-        steps = sample(self.denoiser, plan, filled(start, size), filled(labels, size), noise, denoise_guided)
+        steps = sample(self.denoiser, plan, noise(0), filled(labels, size), noise, denoise_guided)
         for step, state in enumerate(steps):
             if watch is not None and watch(first, step, state[1][:count]) is False:
                 raise Cancelled
         latents = state[0]
-        made = self.codec.decode(latents) if decode else latents
-        return made[:count], torch.isfinite(made[:count]).flatten(1).all(dim=1)
+        made = (self.codec.decode(latents) if decode else latents)[:count]
+        finite = torch.isfinite(made).flatten(1).all(dim=1)
+        return to_uint8(made.nan_to_num()) if decode else made, finite
 
     @torch.inference_mode()
     def _decode(self, size: int, latents: Tensor) -> Tensor:

@@ -161,7 +161,8 @@ class Board:
         for step, run in groupby(empty, key=lambda image: image.step):
             group = list(run)
             seeds = torch.tensor([image.seed for image in group], dtype=torch.int64, device=self.device)
-            self.noise[self._places(group)] = gaussian(seeds, step + 1, self.dim, self.ahead).transpose(0, 1)
+            count = min(self.ahead, max(len(image.job.plan) for image in group) - step)
+            self.noise[self._places(group), :count] = gaussian(seeds, step + 1, self.dim, count).transpose(0, 1)
             for image in group:
                 image.drawn = step + 1
 

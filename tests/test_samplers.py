@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
 from ldm_ray.errors import ConfigError
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(10, 0.01, 0.3), NoiseSchedule(2, 0.5, 0.5)]
-PLANNERS = [ddpm, ddim, dpmpp_2m]
+dpmpp_2m_sde = partial(dpmpp_2m, eta=1.0)
+PLANNERS = [ddpm, ddim, dpmpp_2m, dpmpp_2m_sde]
 
 
 def every(schedule: NoiseSchedule) -> list[tuple[int, int | None]]:
@@ -115,7 +117,7 @@ def test_ddim_with_all_its_noise_is_ddpm(schedule: NoiseSchedule) -> None:
         assert (ours.keep, ours.x0, ours.sigma) == pytest.approx((theirs.keep, theirs.x0, theirs.sigma), abs=1e-9)
 
 
-@pytest.mark.parametrize("planner", PLANNERS, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("planner", PLANNERS, ids=["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_plan_ends_with_x0_itself(planner: Callable[..., Plan], spacing: str) -> None:
     schedule = NoiseSchedule()
@@ -127,11 +129,13 @@ def test_every_plan_ends_with_x0_itself(planner: Callable[..., Plan], spacing: s
         assert all(math.isfinite(number) for step in plan for number in vars(step).values())
 
 
-def test_a_first_order_dpm_step_is_ddim() -> None:
-    """Lu et al., arXiv:2211.01095, section 5: DDIM is DPM-Solver++ of order one."""
-    schedule = NoiseSchedule()
-    for ours, theirs in zip(dpmpp_2m(schedule, [(800, 500)]), ddim(schedule, [(800, 500)]), strict=True):
-        assert (ours.keep, ours.x0, ours.before) == pytest.approx((theirs.keep, theirs.x0, 0), rel=1e-9)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_first_order_dpm_step_is_ddim(eta: float) -> None:
+    """Lu et al., arXiv:2211.01095: DDIM is DPM-Solver++ of order one; with all its noise, that of the SDE."""
+    plans = (planner(NoiseSchedule(), [(800, 500)], eta=eta) for planner in (dpmpp_2m, ddim))
+    for ours, theirs in zip(*plans, strict=True):
+        wanted = theirs.keep, theirs.x0, 0, theirs.sigma
+        assert (ours.keep, ours.x0, ours.before, ours.sigma) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_the_loop_does_what_a_step_says() -> None:
@@ -191,6 +195,7 @@ def finish(plan: Plan, schedule: NoiseSchedule, start: Tensor, generator: torch.
         ({"sampler": "ddim", "num_inference_steps": 200}, 0.03),
         ({"sampler": "ddim", "num_inference_steps": 200, "eta": 0.5}, 0.03),
         ({"sampler": "dpmpp_2m", "num_inference_steps": 20}, 0.03),
+        ({"sampler": "dpmpp_2m_sde", "num_inference_steps": 50}, 0.03),
     ],
     ids=str,
 )
@@ -251,7 +256,7 @@ def both(plan: Plan, theirs: Any, start: Tensor, **more: Any) -> tuple[Tensor, T
     ours = list(sample(output_of, plan, start, labels, draw))[-1][0]
     latents, generator = start, torch.Generator().manual_seed(7)
     for t in theirs.timesteps:
-        given = more | ({"generator": generator} if "Multistep" not in type(theirs).__name__ else {})
+        given = more | {"generator": generator}
         latents = theirs.step(output_of(latents, t.expand(len(start)), labels), t, latents, **given).prev_sample
     return ours, latents
 
@@ -289,13 +294,19 @@ def test_ddim_is_that_of_diffusers(start: Tensor, eta: float, spacing: str, kind
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @pytest.mark.parametrize("steps", [5, 10, 20])
-def test_dpmpp_2m_is_that_of_diffusers(start: Tensor, steps: int, kind: str) -> None:
+@pytest.mark.parametrize(("planner", "algorithm"), [(dpmpp_2m, "dpmsolver++"), (dpmpp_2m_sde, "sde-dpmsolver++")])
+def test_dpmpp_2m_is_that_of_diffusers(start: Tensor, planner: Any, algorithm: str, steps: int, kind: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DPMSolverMultistepScheduler(
-        **GIVEN, prediction_type=kind, solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero"
+        **GIVEN,
+        prediction_type=kind,
+        algorithm_type=algorithm,
+        solver_order=2,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
     )
     theirs.set_timesteps(steps)
-    plan = dpmpp_2m(NoiseSchedule(), transitions_of(theirs.timesteps.tolist()), kind)
+    plan = planner(NoiseSchedule(), transitions_of(theirs.timesteps.tolist()), kind)
     torch.testing.assert_close(*both(plan, theirs, start), rtol=1e-3, atol=1e-3)
 
 
@@ -313,7 +324,7 @@ def test_defaults_of_a_plan() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"sampler": "euler"}, "--sampler is one of dpmpp_2m, ddim, ddpm, not 'euler'"),
+        ({"sampler": "euler"}, "--sampler is one of dpmpp_2m, dpmpp_2m_sde, ddim, ddpm, not 'euler'"),
         ({"num_inference_steps": 0}, "--num-inference-steps is at least 1"),
         ({"guidance_scale": float("nan")}, "--guidance-scale is a finite number"),
         ({"guidance_scale": 21}, "--guidance-scale is at most 20"),

@@ -74,7 +74,10 @@ def test_same_bytes_in_random_company(server: Server) -> None:
     def one(_: int) -> tuple[dict[str, Any], np.ndarray]:
         count = dice.choice([1, 1, 2, 9])
         body = {"n": count, "seeds": [dice.randrange(2**32) for _ in range(count)]}
-        body |= {"sampler": dice.choice(["dpmpp_2m", "ddim", "ddpm"]), "num_inference_steps": dice.choice([1, 8, 30])}
+        body |= {
+            "sampler": dice.choice(["dpmpp_2m_sde", "dpmpp_2m", "ddim", "ddpm"]),
+            "num_inference_steps": dice.choice([1, 8, 30]),
+        }
         body |= {
             "guidance_scale": dice.choice([1, 0, 2.5]),
             "class_label": [dice.choice([None, 3, 9]) for _ in range(count)],

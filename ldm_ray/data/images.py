@@ -29,7 +29,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """float in [0, 1] to uint8 by rounding to nearest, values outside clipped; any shape."""
-    return images.clamp(0, 1).mul(255).add(0.5).to(torch.uint8)
+    return images.clamp(0, 1).mul_(255).add_(0.5).to(torch.uint8)
 
 
 def decode_png(data: bytes | None, size: tuple[int, int] | None = None, where: str = "an image") -> np.ndarray:

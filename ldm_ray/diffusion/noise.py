@@ -16,8 +16,9 @@ from torch import Tensor
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 ROUNDS = 10
+AHEAD = 64  # steps
 LOW = 0xFFFFFFFF
-LONG = 32  # blocks from which numpy is faster
+FEW, LONG = 64, 64  # seeds up to which, and blocks from which, numpy is faster
 
 
 def philox(seeds: Tensor, blocks: Tensor) -> Tensor:
@@ -25,25 +26,28 @@ def philox(seeds: Tensor, blocks: Tensor) -> Tensor:
 
     seeds (B,), blocks (N,), int64. numpy counts from 1: block b is Philox of counter (b + 1, 0, 0, 0), key (seed, 0).
     """
-    zero = torch.zeros(len(seeds), len(blocks), dtype=torch.int64, device=seeds.device)
-    c0, c1, c2, c3 = zero + blocks + 1, zero, zero, zero
-    k0, k1 = seeds[:, None], zero
+    device = seeds.device
+    multipliers, key_steps = (
+        torch.tensor([signed(word) for word in pair], device=device).view(2, 1, 1) for pair in (MULTIPLIERS, KEY_STEPS)
+    )
+    even = torch.zeros(2, len(seeds), len(blocks), dtype=torch.int64, device=device)  # words 0 and 2
+    even[0] = blocks + 1
+    odd = torch.zeros_like(even)  # words 1 and 3
+    keys = torch.stack([seeds, torch.zeros_like(seeds)]).unsqueeze(-1)  # (2, B, 1)
     for _ in range(ROUNDS):
-        high0, low0 = multiply(c0, MULTIPLIERS[0])
-        high1, low1 = multiply(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + signed(KEY_STEPS[0]), k1 + signed(KEY_STEPS[1])
-    return torch.stack([c0, c1, c2, c3], dim=-1)
+        high, low = multiply(even, multipliers)
+        even, odd = high.flip(0) ^ odd ^ keys, low.flip(0)
+        keys = keys + key_steps
+    return torch.stack([even[0], odd[0], even[1], odd[1]], dim=-1)
 
 
-def multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+def multiply(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(high, low) 64 bits of the unsigned product, by halves: int64 wraps, and >> needs its sign bits taken off."""
     a_low, a_high = a & LOW, (a >> 32) & LOW
-    b_low, b_high = b & LOW, b >> 32
-    low_high, high_low = a_low * b_high, a_high * b_low
-    carry = (((a_low * b_low) >> 32) & LOW) + (low_high & LOW) + (high_low & LOW)
-    high = a_high * b_high + ((low_high >> 32) & LOW) + ((high_low >> 32) & LOW) + (carry >> 32)
-    return high, a * signed(b)
+    b_low, b_high = b & LOW, (b >> 32) & LOW
+    upper = a_high * b_low + ((a_low * b_low >> 32) & LOW)
+    lower = a_low * b_high + (upper & LOW)
+    return a_high * b_high + ((upper >> 32) & LOW) + ((lower >> 32) & LOW), a * b
 
 
 def signed(word: int) -> int:
@@ -54,9 +58,10 @@ def signed(word: int) -> int:
 def words(seeds: Tensor, first: int, count: int) -> Tensor:
     """(B, 4·count) int64: words of ``count`` blocks from block ``first`` on of each seed's stream.
 
-    Long stretches on a CPU come from numpy's generator, which is written in C and makes the same words.
+    Few seeds and long stretches on a CPU are left to numpy's generator, which is written in C and makes the same
+    words, but takes its time to begin a seed.
     """
-    if seeds.device.type == "cpu" and count >= LONG:
+    if seeds.device.type == "cpu" and (len(seeds) <= FEW or count >= LONG):
         streams = (np.random.Philox(key=seed, counter=first) for seed in seeds.tolist())
         return torch.from_numpy(np.stack([stream.random_raw(4 * count) for stream in streams]).view(np.int64))
     return philox(seeds, torch.arange(first, first + count, device=seeds.device)).flatten(1)
@@ -81,15 +86,14 @@ def gaussian(seeds: Tensor, step: int, dim: int, steps: int = 1) -> Tensor:
 class ImageNoise:
     """noise(i) → (B, D) float32 of step i for the images of some seeds; step 0 is what sampling starts from.
 
-    Numbers for ``ahead`` steps are drawn at a time.
+    Numbers for ``ahead`` steps are drawn at a time: for a plan of few steps, all of them with those of step 0.
     """
 
-    def __init__(self, seeds: Tensor, dim: int, ahead: int = 64) -> None:
+    def __init__(self, seeds: Tensor, dim: int, ahead: int = AHEAD) -> None:
         self.seeds, self.dim, self.ahead = seeds, dim, ahead
         self.first, self.drawn = 0, torch.empty(0)
 
     def __call__(self, step: int) -> Tensor:
         if not self.first <= step < self.first + len(self.drawn):
-            self.first = step  # deterministic samplers take no more than step 0
-            self.drawn = gaussian(self.seeds, step, self.dim, self.ahead if step else 1)
+            self.first, self.drawn = step, gaussian(self.seeds, step, self.dim, self.ahead)
         return self.drawn[step - self.first]

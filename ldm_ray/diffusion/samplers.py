@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ldm_ray.diffusion.timesteps import Transition, spaced_timesteps, transition
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
-DEFAULT_STEPS = {"dpmpp_2m": 8, "ddim": 20, "ddpm": 0}  # 0: every timestep
+DEFAULT_STEPS = {"dpmpp_2m_sde": 10, "dpmpp_2m": 8, "ddim": 20, "ddpm": 0}  # 0: every timestep
 DEFAULT_SPACING = "trailing"  # chosen with the steps by measurement: docs/sampling.md
 
 
@@ -92,12 +93,16 @@ def ddim(
     return tuple(plan)
 
 
-def dpmpp_2m(schedule: NoiseSchedule, transitions: Sequence[Transition], prediction_type: str = "epsilon") -> Plan:
-    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2): second order, one evaluation a step.
+def dpmpp_2m(
+    schedule: NoiseSchedule, transitions: Sequence[Transition], prediction_type: str = "epsilon", eta: float = 0.0
+) -> Plan:
+    """DPM-Solver++(2M) (Lu et al., arXiv:2211.01095): second order, one evaluation a step. η = 0 solves the
+    probability flow (algorithm 2), η = 1 the reverse SDE (SDE-DPM-Solver++(2M)), whose noise mends earlier errors.
 
-    With λ = log(α/σ), h = λ_prev − λ_t and r = h_before/h: x_prev = (σ_prev/σ_t) xt − α_prev (e^(−h) − 1) D,
-    D = (1 + 1/(2r)) x0 − 1/(2r) x0_before. The first step has no step before it, and the last, to σ = 0, has
-    h = ∞: both are of first order, D = x0; the last gives x0 itself.
+    With λ = log(α/σ), h = λ_prev − λ_t and r = h_before/h: x_prev = (σ_prev/σ_t) e^(−ηh) xt +
+    α_prev (1 − e^(−(1 + η)h)) D + σ_prev √(1 − e^(−2ηh)) noise, D = (1 + 1/(2r)) x0 − 1/(2r) x0_before. The first
+    step has no step before it, and the last, to σ = 0, has h = ∞: both are of first order, D = x0; the last gives
+    x0 itself.
     """
     plan: list[Step] = []
     h_before = 0.0
@@ -107,15 +112,16 @@ def dpmpp_2m(schedule: NoiseSchedule, transitions: Sequence[Transition], predict
             plan.append(Step(t, *weights, keep=0.0, x0=1.0))
             continue
         h = half_log_snr(prev) - half_log_snr(now)
-        toward = -(prev**0.5) * math.expm1(-h)
+        toward = -(prev**0.5) * math.expm1(-(1 + eta) * h)
         extra = h / (2 * h_before) if plan else 0.0
         plan.append(
             Step(
                 t,
                 *weights,
-                keep=((1 - prev) / (1 - now)) ** 0.5,
+                keep=((1 - prev) / (1 - now)) ** 0.5 * math.exp(-eta * h),
                 x0=toward * (1 + extra),
                 before=-toward * extra,
+                sigma=((1 - prev) * -math.expm1(-2 * eta * h)) ** 0.5,
             )
         )
         h_before = h
@@ -131,10 +137,13 @@ def plan_of(schedule: NoiseSchedule, sampling: SamplingConfig, prediction_type: 
     full = with_defaults(schedule, sampling)
     assert full.num_inference_steps is not None and full.timestep_spacing is not None
     transitions = transitions_of(spaced_timesteps(schedule, full.num_inference_steps, full.timestep_spacing))
-    if full.sampler == "ddim":
-        plan = ddim(schedule, transitions, prediction_type, full.eta)
-    else:
-        plan = {"ddpm": ddpm, "dpmpp_2m": dpmpp_2m}[full.sampler](schedule, transitions, prediction_type)
+    planners: dict[str, Callable[..., Plan]] = {
+        "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0),
+        "dpmpp_2m": dpmpp_2m,
+        "ddim": partial(ddim, eta=full.eta),
+        "ddpm": ddpm,
+    }
+    plan = planners[full.sampler](schedule, transitions, prediction_type)
     first = min(full.guidance_start * len(plan) - 0.5, len(plan) - 1)
     return tuple(dataclasses.replace(step, guided=i >= first) for i, step in enumerate(plan))
 

@@ -56,14 +56,15 @@ class TabledDenoiser:
     @torch.inference_mode()
     def __call__(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """xt (B, D), t (B,) int64, labels (B,) int64 in 0..num_classes → the denoiser's output (B, D)."""
-        if t.stride(0) == 0:  # one timestep for all: add before looking the labels up
-            film = (self.by_time[t[0]].unsqueeze(1) + self.by_label).index_select(1, labels)
-        else:
-            film = self.by_time.index_select(0, t).transpose(0, 1) + self.by_label.index_select(1, labels)
-        scales, shifts = (part.unbind() for part in film.chunk(2, dim=2))  # L × (B, H) each
-        h = F.silu(F.linear(xt, *self.in_proj))  #                           (B, H)
+        shared = t.stride(0) == 0  # one timestep for all: add before looking the labels up
+        tables = self.by_time[t[0]].unsqueeze(1) + self.by_label if shared else self.by_label
+        h = F.silu(F.linear(xt, *self.in_proj))  # (B, H)
         x = h
-        for i, (scale, shift, linear) in enumerate(zip(scales, shifts, self.linears, strict=True)):
+        for i, (table, linear) in enumerate(zip(tables, self.linears, strict=True)):
+            film = table.index_select(0, labels)  # (B, 2H): of one layer at a time it stays in the cache
+            if not shared:
+                film += self.by_time[:, i].index_select(0, t)
+            scale, shift = film.chunk(2, dim=1)
             normed = torch.layer_norm(x, self.shape, self.ones, self.zeros)  # faster with weights than without
             x = F.linear(F.silu(torch.addcmul(shift, scale, normed), inplace=True), *linear)
             if i % 2:
