@@ -23,9 +23,10 @@ import torch
 
 from ldm_ray import checkpoint
 from ldm_ray.cli import Parser, parse_config
-from ldm_ray.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig, cache_dir
+from ldm_ray.config import SAMPLERS, AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig, cache_dir
 from ldm_ray.data.examples import SPLIT_SEED
 from ldm_ray.data.sources import load_source
+from ldm_ray.diffusion.samplers import DEFAULT_STEPS
 from ldm_ray.generator import Generator
 from ldm_ray.metrics.floors import chosen, encode, reconstruct
 from ldm_ray.metrics.quality import Reference, quality
@@ -91,9 +92,10 @@ def denoiser_row(config: TrainConfig, raw: Any, codec: LatentCodec, reference: R
         labels = torch.arange(SAMPLES) % 10
         found: dict[str, Any] = {"epoch": fitter.epoch, "seconds": round(seconds, 1)}
         for steps, scale in itertools.product(given.steps, given.guidance_scale):
-            sampling = SamplingConfig(num_inference_steps=steps, guidance_scale=scale)
+            sampling = SamplingConfig(sampler=given.sampler, num_inference_steps=steps, guidance_scale=scale)
             figures = quality(make(range(SAMPLES), labels.tolist(), sampling), labels, reference, memorisation=False)
-            found[f"{steps} steps, g{scale:g}"] = {name: round(figures[name], 4) for name in SHOWN}
+            taken = steps or DEFAULT_STEPS[given.sampler]
+            found[f"{taken} steps, g{scale:g}"] = {name: round(figures[name], 4) for name in SHOWN}
         return found
 
     def look(task: Task, fitter: Fitter, seconds: float) -> None:
@@ -110,7 +112,8 @@ def main() -> None:
     parser.add_argument("--ae-ckpt", type=Path, help="train denoisers over this autoencoder")
     parser.add_argument("--save", help="write the last autoencoder here")
     parser.add_argument("--guidance-scale", type=float, nargs="+", default=[SamplingConfig().guidance_scale])
-    parser.add_argument("--steps", type=int, nargs="+", default=[8], help="of the sampler")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=SamplingConfig().sampler)
+    parser.add_argument("--steps", type=int, nargs="+", default=[None], help="of the sampler [its own]")
     parser.add_argument("--every", type=int, default=0, help="measure denoisers also every so many epochs")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()

@@ -103,11 +103,12 @@ def measure(ways: Ways, count: int, repeats: int) -> None:
         "diffusers DDPM": lambda: ways.diffusers(count),
         "loop, tabled": lambda: ways.loop(ways.tabled, count),
         "ddpm": lambda: ways.engine(count, scale, **thousand),
-        "loop, tabled, dpmpp 8": lambda: ways.loop(ways.tabled, count, dpmpp_2m, 8),
-        "dpmpp_2m 8, guidance 1": lambda: ways.engine(count, guidance_scale=1.0),
-        "default: guidance 2 at the end": lambda: ways.engine(count),
+        "loop, tabled, dpmpp sde 10": lambda: ways.loop(ways.tabled, count, partial(dpmpp_2m, eta=1.0), 10),
+        "default, guidance 1": lambda: ways.engine(count, guidance_scale=1.0),
+        "default: guidance at the end": lambda: ways.engine(count),
         "default, all steps guided": lambda: ways.engine(count, guidance_start=0.0),
-        "dpmpp_2m 12": lambda: ways.engine(count, num_inference_steps=12),
+        "dpmpp_2m 8": lambda: ways.engine(count, sampler="dpmpp_2m"),
+        "unipc 9": lambda: ways.engine(count, sampler="unipc"),
         "ddim 20": lambda: ways.engine(count, sampler="ddim"),
     }
     in_turn(table, 1)  # warms up

@@ -25,7 +25,7 @@ from ldm_ray.slot_jobs import Job, Outcome
 
 TABLES_KEPT = 256
 AHEAD = 32, 4096  # steps that an image's noise is drawn for at a time, and numbers; two steps at least
-COEFFICIENTS = ("x0_from_xt", "x0_from_output", "keep", "x0", "before", "sigma")
+COEFFICIENTS = ("x0_from_xt", "x0_from_output", "keep", "x0", "before", "earlier", "sigma")
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +76,7 @@ class Board:
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode():
             self.latents = torch.zeros(0, self.dim, device=self.device)  #       (N, D)
-            self.before = torch.zeros(0, self.dim, device=self.device)  #        (N, D) x0 predicted a step ago
+            self.x0s = torch.zeros(0, 2, self.dim, device=self.device)  #     (N, 2, D) predicted one and two steps ago
             self.labels = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,)
             self.noise = torch.zeros(0, self.ahead, self.dim, device=self.device)  # (N, ahead, D)
         self._grow(generator.tiles.sizes[-1])
@@ -91,7 +91,7 @@ class Board:
         places = self._places(images)
         seeds = torch.tensor([image.seed for image in images], dtype=torch.int64, device=self.device)
         self.latents[places] = gaussian(seeds, 0, self.dim)[0]
-        self.before[places] = 0.0
+        self.x0s[places] = 0.0
         self.labels[places] = self.generator.labels_of([image.job.labels[image.index] for image in images])
         for image in images:
             if image.job.start is not None:
@@ -120,7 +120,8 @@ class Board:
             limit = min(limit, min(i.drawn + self.ahead - i.step - 1 for i in images if i.job.noisy))
         places = self._places(images)
         rows = filled(places, size)
-        xt, before, labels = self.latents[rows], self.before[rows], self.labels[rows]  # (B, D), (B, D), (B,)
+        xt, labels = self.latents[rows], self.labels[rows]  # (B, D), (B,)
+        before, earlier = self.x0s[rows].unbind(dim=1)  #     (B, D) each
         first = torch.tensor([i.step + 1 - i.drawn if i.job.noisy else 0 for i in images], device=self.device)
         offsets = filled(first, size)
         timesteps, steps = self._uniform(runs[0][0], limit, size) if len(runs) == 1 else self._mixed(runs, limit, size)
@@ -130,19 +131,21 @@ class Board:
         while True:
             output = denoise(xt, timesteps[taken], labels)
             noise = self.noise[rows, (offsets + taken).clamp_(max=self.ahead - 1)] if noisy else None
-            xt, before = advance(steps[taken], xt, output, before, noise)
+            xt, x0 = advance(steps[taken], xt, output, (before, earlier), noise)
+            before, earlier = x0, before
             taken += 1
             if taken == limit or self.changed:
                 break
             if self.next_deadline is not None and time.monotonic() >= self.next_deadline:
                 break
-        self.latents[places], self.before[places] = xt[: len(images)], before[: len(images)]
+        self.latents[places] = xt[: len(images)]
+        self.x0s[places] = torch.stack([before, earlier], dim=1)[: len(images)]
         return taken
 
     def decode(self, finished: list[Image], shown: list[Image]) -> tuple[Tensor, Tensor, list[bool]]:
         """(pictures (n, H, W) uint8 on the CPU: of the finished, then of the shown; latents (n, D); finite)."""
         with torch.inference_mode():
-            latents = torch.cat([self.latents[self._places(finished)], self.before[self._places(shown)]])
+            latents = torch.cat([self.latents[self._places(finished)], self.x0s[self._places(shown), 0]])
         tiles = self.generator.tiles
         size = tiles.size_for(len(latents))
         made = torch.cat(tiles.map(partial(self.generator._decode, size), latents.split(size)))
@@ -180,7 +183,7 @@ class Board:
             t.append(timesteps[rows].expand(len(run), limit))
             table.append(coefficients[rows].expand(len(run), limit, len(COEFFICIENTS)))
         times = filled(torch.cat(t), size).T.contiguous()  #                               (K, B)
-        columns = filled(torch.cat(table), size).permute(1, 2, 0).unsqueeze(-1)  # (K, 6, B, 1)
+        columns = filled(torch.cat(table), size).permute(1, 2, 0).unsqueeze(-1)  # (K, 7, B, 1)
         used = columns.flatten(2).any(dim=2).tolist()  # where all are 0, the term is left out
         steps = []
         for k in range(limit):
@@ -191,7 +194,7 @@ class Board:
         return list(times), steps
 
     def _table(self, job: Job) -> tuple[Tensor, Tensor]:
-        """(timesteps (S,), coefficients (S, 6) float32) of a job's plan."""
+        """(timesteps (S,), coefficients (S, 7) float32) of a job's plan."""
         found = self._tables.get(job.plan_id)
         if found is None:
             if len(self._tables) > TABLES_KEPT:
@@ -215,8 +218,8 @@ class Board:
     def _grow(self, places: int) -> None:
         """Makes room; called between rounds only."""
         old = len(self.labels)
-        self.latents, self.before, self.labels, self.noise = (
+        self.latents, self.x0s, self.labels, self.noise = (
             torch.cat([kept, kept.new_zeros(places - old, *kept.shape[1:])])
-            for kept in (self.latents, self.before, self.labels, self.noise)
+            for kept in (self.latents, self.x0s, self.labels, self.noise)
         )
         self._free += list(range(old, places))

@@ -221,7 +221,7 @@ def test_verify_finds_rows_that_were_made_otherwise(ckpt: Path, parquet: Path, t
     (out / "SHA256SUMS").unlink()
     shutil.rmtree(out / "data")
     shutil.rmtree(out / ".committed")
-    forged = maker_of(ckpt, out, guidance_scale=1.5)
+    forged = maker_of(ckpt, out, guidance_scale=3.0)
     for number in range(3):
         forged(number)
     shutil.copy(parquet / MANIFEST, out / MANIFEST)
@@ -236,7 +236,7 @@ def test_verify_finds_rows_that_were_made_otherwise(ckpt: Path, parquet: Path, t
         ({"labels": "7"}, "labels balanced there, 7 asked for"),
         (
             {"sampler": "ddim", "shard_size": 49},
-            r"sampler dpmpp_2m there, ddim.*num_inference_steps 8 there, 20 .*shard_size 50",
+            r"sampler dpmpp_2m_sde there, ddim.*num_inference_steps 10 there, 20 .*shard_size 50",
         ),
         ({"save_latents": True}, "save_latents False there, True"),
         ({"resume": "never"}, "holds a dataset already"),

@@ -26,7 +26,8 @@ from ldm_ray.tiles import Tiles, single_threaded
 SCHEDULE = NoiseSchedule()
 WAYS = [
     SamplingConfig(),
-    SamplingConfig(guidance_scale=2.5, num_inference_steps=5),
+    SamplingConfig(sampler="unipc", guidance_scale=2.5, num_inference_steps=5),
+    SamplingConfig(sampler="dpmpp_2m", guidance_start=0.0, num_inference_steps=5),
     SamplingConfig(sampler="ddpm", num_inference_steps=40),
     SamplingConfig(sampler="ddim", num_inference_steps=8, eta=0.5, guidance_scale=0.0),
 ]

@@ -132,7 +132,7 @@ def test_infer(trained: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert Image.open(tmp_path / "a.png").size == (122, 122)
     assert Image.open(tmp_path / "a_process.png").size == (5 * 30 + 2, 8 * 30 + 2)
-    assert getattr(Image.open(tmp_path / "a_process.gif"), "n_frames", 0) == 8  # one a step
+    assert getattr(Image.open(tmp_path / "a_process.gif"), "n_frames", 0) == 10  # one a step
 
 
 def test_two_workers(trained: Path, digits_folder: Path, ae_ckpt: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_images_do_not_depend_on_their_company(generator: Generator) -> None:
         assert torch.equal(generator([i], [labels[i]], FEW)[0], together[i])
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "dpmpp_2m", "ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["unipc", "dpmpp_2m_sde", "dpmpp_2m", "ddim", "ddpm"])
 def test_slots_make_the_bytes_of_the_generator(generator: Generator, sampler: str) -> None:
     dice, slots = random.Random(1), Slots(generator)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from ldm_ray.config import SPACINGS, SamplingConfig
 from ldm_ray.diffusion.prediction import PREDICTION_TYPES, x0_weights
-from ldm_ray.diffusion.samplers import Plan, Step, ddim, ddpm, dpmpp_2m, half_log_snr, plan_of, sample
+from ldm_ray.diffusion.samplers import Plan, Step, ddim, ddpm, dpmpp_2m, half_log_snr, plan_of, sample, unipc
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
 from ldm_ray.errors import ConfigError
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(10, 0.01, 0.3), NoiseSchedule(2, 0.5, 0.5)]
 dpmpp_2m_sde = partial(dpmpp_2m, eta=1.0)
-PLANNERS = [ddpm, ddim, dpmpp_2m, dpmpp_2m_sde]
+PLANNERS = [unipc, dpmpp_2m, dpmpp_2m_sde, ddim, ddpm]
 
 
 def every(schedule: NoiseSchedule) -> list[tuple[int, int | None]]:
@@ -117,7 +118,7 @@ def test_ddim_with_all_its_noise_is_ddpm(schedule: NoiseSchedule) -> None:
         assert (ours.keep, ours.x0, ours.sigma) == pytest.approx((theirs.keep, theirs.x0, theirs.sigma), abs=1e-9)
 
 
-@pytest.mark.parametrize("planner", PLANNERS, ids=["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("planner", PLANNERS, ids=["unipc", "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_plan_ends_with_x0_itself(planner: Callable[..., Plan], spacing: str) -> None:
     schedule = NoiseSchedule()
@@ -125,7 +126,7 @@ def test_every_plan_ends_with_x0_itself(planner: Callable[..., Plan], spacing: s
         plan = planner(schedule, transitions_of(spaced_timesteps(schedule, steps, spacing)))
         last = plan[-1]
         assert len(plan) == steps and last.keep == pytest.approx(0, abs=1e-12) and last.x0 == pytest.approx(1)
-        assert last.before == 0 and last.sigma == 0
+        assert last.before == last.earlier == last.sigma == 0
         assert all(math.isfinite(number) for step in plan for number in vars(step).values())
 
 
@@ -139,7 +140,11 @@ def test_a_first_order_dpm_step_is_ddim(eta: float) -> None:
 
 
 def test_the_loop_does_what_a_step_says() -> None:
-    plan = (Step(7, 1.0, -0.5, 0.9, 0.2, 0.0, 0.3), Step(3, 2.0, 0.1, 0.5, 0.4, -0.25, 0.0))
+    plan = (
+        Step(7, 1.0, -0.5, 0.9, 0.2, sigma=0.3),
+        Step(3, 2.0, 0.1, 0.5, 0.4, before=-0.25),
+        Step(0, 1.0, 0.0, 0.0, 1.0, before=0.125, earlier=-2.0),
+    )
     seen: list[Any] = []
 
     def denoise(latents: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -153,12 +158,16 @@ def test_the_loop_does_what_a_step_says() -> None:
         return torch.full((2, 1), 10.0)
 
     start = torch.tensor([[1.0], [2.0]])
-    (first, x0), (second, x0_second) = list(sample(denoise, plan, start, torch.tensor([4, 5]), noise))
-    assert seen == [([7, 7], [4, 5]), ([3, 3], [4, 5])] and drawn == [1]
+    (first, x0), (second, x0_second), (third, x0_third) = list(
+        sample(denoise, plan, start, torch.tensor([4, 5]), noise)
+    )
+    assert seen == [([7, 7], [4, 5]), ([3, 3], [4, 5]), ([0, 0], [4, 5])] and drawn == [1]
     torch.testing.assert_close(x0, start - 1.5 * start)
     torch.testing.assert_close(first, 0.9 * start + 0.2 * x0 + 3.0)
     torch.testing.assert_close(x0_second, 2 * first + 0.3 * first)
     torch.testing.assert_close(second, 0.5 * first + 0.4 * x0_second - 0.25 * x0)
+    torch.testing.assert_close(x0_third, second)
+    torch.testing.assert_close(third, x0_third + 0.125 * x0_second - 2 * x0)
 
 
 # --- the oracle: x0 ~ N(μ, Σ) has the exact denoiser ε* = √(1 − ᾱ) (ᾱ Σ + (1 − ᾱ) I)⁻¹ (xt − √ᾱ μ) ---
@@ -194,6 +203,7 @@ def finish(plan: Plan, schedule: NoiseSchedule, start: Tensor, generator: torch.
         ({"sampler": "ddpm"}, 0.01),
         ({"sampler": "ddim", "num_inference_steps": 200}, 0.03),
         ({"sampler": "ddim", "num_inference_steps": 200, "eta": 0.5}, 0.03),
+        ({"sampler": "unipc", "num_inference_steps": 20}, 0.03),
         ({"sampler": "dpmpp_2m", "num_inference_steps": 20}, 0.03),
         ({"sampler": "dpmpp_2m_sde", "num_inference_steps": 50}, 0.03),
     ],
@@ -211,7 +221,9 @@ def test_samplers_reach_the_gaussian(settings: dict[str, Any], bias: float) -> N
     assert bool((error < (2**0.5 * five + bias) * torch.outer(deviation, deviation)).all())
 
 
-@pytest.mark.parametrize(("planner", "order"), [(ddim, 1), (dpmpp_2m, 2)], ids=["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize(
+    ("planner", "order"), [(ddim, 1), (dpmpp_2m, 2), (unipc, 3)], ids=["ddim", "dpmpp_2m", "unipc"]
+)
 def test_samplers_converge_at_their_order(planner: Callable[..., Plan], order: int) -> None:
     """Between two timesteps on a fine schedule, where the probability-flow ODE of a Gaussian has the exact
     solution x(s) = √ᾱ_s μ + Σ_s^½ Σ_t^−½ (x(t) − √ᾱ_t μ) with Σ_t = ᾱ Σ + (1 − ᾱ) I."""
@@ -255,8 +267,9 @@ def both(plan: Plan, theirs: Any, start: Tensor, **more: Any) -> tuple[Tensor, T
     draw = lambda _: torch.randn(start.shape, generator=generator)  # noqa: E731
     ours = list(sample(output_of, plan, start, labels, draw))[-1][0]
     latents, generator = start, torch.Generator().manual_seed(7)
+    draws = "generator" in inspect.signature(theirs.step).parameters
+    given = more | ({"generator": generator} if draws else {})
     for t in theirs.timesteps:
-        given = more | {"generator": generator}
         latents = theirs.step(output_of(latents, t.expand(len(start)), labels), t, latents, **given).prev_sample
     return ours, latents
 
@@ -310,6 +323,19 @@ def test_dpmpp_2m_is_that_of_diffusers(start: Tensor, planner: Any, algorithm: s
     torch.testing.assert_close(*both(plan, theirs, start), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 20])
+def test_unipc_is_that_of_diffusers(start: Tensor, steps: int, kind: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UniPCMultistepScheduler(
+        **GIVEN, prediction_type=kind, solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero"
+    )
+    theirs.set_timesteps(steps)
+    plan = unipc(NoiseSchedule(), transitions_of(theirs.timesteps.tolist()), kind)
+    ours, wanted = both(plan, theirs, start)
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+
 # --- settings ---
 
 
@@ -324,7 +350,7 @@ def test_defaults_of_a_plan() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"sampler": "euler"}, "--sampler is one of dpmpp_2m, dpmpp_2m_sde, ddim, ddpm, not 'euler'"),
+        ({"sampler": "euler"}, "--sampler is one of dpmpp_2m_sde, unipc, dpmpp_2m, ddim, ddpm, not 'euler'"),
         ({"num_inference_steps": 0}, "--num-inference-steps is at least 1"),
         ({"guidance_scale": float("nan")}, "--guidance-scale is a finite number"),
         ({"guidance_scale": 21}, "--guidance-scale is at most 20"),

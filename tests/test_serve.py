@@ -75,7 +75,7 @@ def test_same_bytes_in_random_company(server: Server) -> None:
         count = dice.choice([1, 1, 2, 9])
         body = {"n": count, "seeds": [dice.randrange(2**32) for _ in range(count)]}
         body |= {
-            "sampler": dice.choice(["dpmpp_2m_sde", "dpmpp_2m", "ddim", "ddpm"]),
+            "sampler": dice.choice(["unipc", "dpmpp_2m_sde", "dpmpp_2m", "ddim", "ddpm"]),
             "num_inference_steps": dice.choice([1, 8, 30]),
         }
         body |= {
@@ -111,7 +111,7 @@ def test_formats_hold_the_same_images(server: Server) -> None:
     large = wanted.repeat(2, axis=1).repeat(2, axis=2)
     np.testing.assert_array_equal(server.images(**body), large)
     told = server.ask(POST, body).json
-    assert told["size"] == "56x56" and told["model"] == "latent-diffusion-main" and told["num_inference_steps"] == 8
+    assert told["size"] == "56x56" and told["model"] == "latent-diffusion-main" and told["num_inference_steps"] == 10
     files = {}
     for item, expected in zip(told["data"], large, strict=True):
         data = base64.b64decode(item["b64_json"])
@@ -119,7 +119,7 @@ def test_formats_hold_the_same_images(server: Server) -> None:
         assert item["sha256"] == hashlib.sha256(data).hexdigest()
         files[item["sha256"]] = data
     text = Image.open(io.BytesIO(data)).text
-    assert (text["seed"], text["label"], text["sampler"], text["steps"]) == ("16", "none", "dpmpp_2m", "8")
+    assert (text["seed"], text["label"], text["sampler"], text["steps"]) == ("16", "none", "dpmpp_2m_sde", "10")
     assert text["checkpoint"] == hashlib.sha256(server.ckpt.read_bytes()).hexdigest()
 
     sheet = server.ask(POST, body, accept="image/png, application/json;q=0.5")
@@ -128,7 +128,7 @@ def test_formats_hold_the_same_images(server: Server) -> None:
     np.testing.assert_array_equal(pixels(one.body), wanted[0])
 
     animated = Image.open(io.BytesIO(server.ask(POST, body, accept="image/gif").body))
-    assert animated.n_frames == 8 and animated.size == (2 * 62, 2 * 92)
+    assert animated.n_frames == 10 and animated.size == (2 * 62, 2 * 92)
     archive = zipfile.ZipFile(io.BytesIO(server.ask(POST, body, accept="application/zip").body))
     manifest = json.loads(archive.read("manifest.json"))
     assert [entry["seed"] for entry in manifest["images"]] == list(range(11, 17))

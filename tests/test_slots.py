@@ -57,7 +57,7 @@ class Waited:
 
 
 def some_sampling(dice: random.Random) -> SamplingConfig:
-    sampler = dice.choice(["dpmpp_2m_sde", "dpmpp_2m", "ddim", "ddpm"])
+    sampler = dice.choice(["unipc", "dpmpp_2m_sde", "dpmpp_2m", "ddim", "ddpm"])
     return SamplingConfig(
         sampler=sampler,
         num_inference_steps=dice.choice([1, 2, 5, 8, 70]),

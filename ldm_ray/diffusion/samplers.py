@@ -1,6 +1,6 @@
 """Samplers: free functions from a schedule and a list of transitions to a plan, and the loop that follows it.
 
-Every sampler here is linear in what it knows: the latents xt, the predicted x0, the x0 predicted one step
+Every sampler here is linear in what it knows: the latents xt, the predicted x0, those predicted one and two steps
 before, and fresh noise. So a plan is a table of numbers, one row per step, and one loop runs all samplers;
 images at different steps of different plans can share a batch. No model, device policy, Ray or image is
 known here. B batch, D latent, S steps.
@@ -24,13 +24,14 @@ from ldm_ray.diffusion.timesteps import Transition, spaced_timesteps, transition
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
-DEFAULT_STEPS = {"dpmpp_2m_sde": 10, "dpmpp_2m": 8, "ddim": 20, "ddpm": 0}  # 0: every timestep
+DEFAULT_STEPS = {"dpmpp_2m_sde": 10, "unipc": 9, "dpmpp_2m": 8, "ddim": 20, "ddpm": 0}  # 0: every timestep
 DEFAULT_SPACING = "trailing"  # chosen with the steps by measurement: docs/sampling.md
 
 
 @dataclass(frozen=True)
 class Step:
-    """x0 = x0_from_xt·xt + x0_from_output·output; next = keep·xt + x0·x0 + before·(x0 a step ago) + sigma·noise.
+    """x0 = x0_from_xt·xt + x0_from_output·output; next = keep·xt + x0·x0 + before·(x0 a step ago) + earlier·(x0 two
+    steps ago) + sigma·noise.
 
     In a plan all are floats. For images at different steps they are columns (B, 1) float32, which give the bits
     of the floats.
@@ -42,6 +43,7 @@ class Step:
     keep: float | Tensor
     x0: float | Tensor
     before: float | Tensor = 0.0
+    earlier: float | Tensor = 0.0
     sigma: float | Tensor = 0.0
     guided: bool = True  # where there is guidance
 
@@ -128,6 +130,33 @@ def dpmpp_2m(
     return tuple(plan)
 
 
+def unipc(schedule: NoiseSchedule, transitions: Sequence[Transition], prediction_type: str = "epsilon") -> Plan:
+    """UniPC (Zhao et al., arXiv:2302.04867) of second order with B₂(h) = e^h − 1: third-order accurate, one evaluation
+    a step.
+
+    The predictor is DPM-Solver++(2M). The x0 it leads to then corrects the latents it was predicted from, which costs
+    no evaluation: xt + α_t (1 − e^(−h)) (ρ₁ D₁ + ρ₂ (x0 − x0_before) − ½ D₁), D₁ = (x0_earlier − x0_before)/r, where
+    h is the step that led to t and r = −h_before/h. The ρ solve ρ₁ + ρ₂ = b₁, r ρ₁ + ρ₂ = b₂ with b₁ = 1/(1 − e^(−h))
+    − 1/h and b₂ = 2/h² − (2/h − 1)/(1 − e^(−h)); after the first step, which has no D₁, ρ₂ = ½ (algorithm 1 and the
+    paper's R_p ρ = φ_p/B). Corrected latents enter the next step times its ``keep``.
+    """
+    plan = list(dpmpp_2m(schedule, transitions, prediction_type))
+    alphas_cumprod = [now for _, now, _ in levels(schedule, transitions)]
+    lambdas = [half_log_snr(now) for now in alphas_cumprod]
+    for i in range(1, len(plan)):
+        step, h = plan[i], lambdas[i] - lambdas[i - 1]
+        share = -math.expm1(-h)
+        weight = float(step.keep) * alphas_cumprod[i] ** 0.5 * share
+        now, earlier = weight / 2, 0.0
+        if i > 1:
+            r = -(lambdas[i - 1] - lambdas[i - 2]) / h
+            b1, b2 = 1 / share - 1 / h, 2 / h**2 - (2 / h - 1) / share
+            rho = (b1 - b2) / (1 - r)
+            now, earlier = weight * (b1 - rho), weight * (rho - 0.5) / r
+        plan[i] = dataclasses.replace(step, x0=step.x0 + now, before=step.before - now - earlier, earlier=earlier)
+    return tuple(plan)
+
+
 def plan_of(schedule: NoiseSchedule, sampling: SamplingConfig, prediction_type: str = "epsilon") -> Plan:
     """The plan of some settings, with their defaults filled in. ConfigError: more steps than timesteps.
 
@@ -139,6 +168,7 @@ def plan_of(schedule: NoiseSchedule, sampling: SamplingConfig, prediction_type: 
     transitions = transitions_of(spaced_timesteps(schedule, full.num_inference_steps, full.timestep_spacing))
     planners: dict[str, Callable[..., Plan]] = {
         "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0),
+        "unipc": unipc,
         "dpmpp_2m": dpmpp_2m,
         "ddim": partial(ddim, eta=full.eta),
         "ddpm": ddpm,
@@ -175,9 +205,10 @@ def half_log_snr(alpha_cumprod: float) -> float:
     return 0.5 * math.log(alpha_cumprod / (1 - alpha_cumprod))
 
 
-def advance(
-    step: Step, latents: Tensor, output: Tensor, before: Tensor | None, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
+X0s = tuple[Tensor | None, Tensor | None]  # (B, D) each: those predicted one and two steps ago
+
+
+def advance(step: Step, latents: Tensor, output: Tensor, x0s: X0s, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """(latents after the step, x0 predicted in it), (B, D) each.
 
     Products and sums stay apart: each is rounded as IEEE 754 says, so the bits do not depend on whether a
@@ -185,12 +216,10 @@ def advance(
     """
     x0 = latents * step.x0_from_xt + output * step.x0_from_output
     made = latents * step.keep + x0 * step.x0
-    if isinstance(step.before, Tensor) or step.before:
-        assert before is not None
-        made = made + before * step.before
-    if isinstance(step.sigma, Tensor) or step.sigma:
-        assert noise is not None
-        made = made + noise * step.sigma
+    for given, weight in ((x0s[0], step.before), (x0s[1], step.earlier), (noise, step.sigma)):
+        if isinstance(weight, Tensor) or weight:
+            assert given is not None
+            made = made + given * weight
     return made, x0
 
 
@@ -209,9 +238,10 @@ def sample(
     last latents are the samples. Stop iterating to cancel.
     """
     timesteps = torch.tensor([step.t for step in plan], device=latents.device)
-    before: Tensor | None = None
+    x0s: X0s = None, None
     for i, step in enumerate(plan):
         chosen = denoise_guided if denoise_guided and step.guided else denoise
         output = chosen(latents, timesteps[i].expand(len(latents)), labels)
-        latents, before = advance(step, latents, output, before, noise(i + 1) if step.sigma else None)
-        yield latents, before
+        latents, x0 = advance(step, latents, output, x0s, noise(i + 1) if step.sigma else None)
+        x0s = x0, x0s[0]
+        yield latents, x0

@@ -61,9 +61,15 @@ async function modelChanged() {
   const before = $("sampler").value;
   $("sampler").replaceChildren(...told.limits.samplers.map((name) => new Option(name, name)));
   $("sampler").value = told.limits.samplers.includes(before) ? before : told.defaults.sampler;
+  if (!before) showGuidance(told.defaults.guidance_scale);
   $("steps").max = told.limits.num_inference_steps;
   classButtons(told);
   samplerChanged();
+}
+
+function showGuidance(scale) {
+  $("guidance").value = scale;
+  $("guidance-value").textContent = $("guidance").value;
 }
 
 function samplerChanged() {
@@ -211,7 +217,7 @@ const guarded = (work) => async (event) => {
 
 $("model").addEventListener("change", guarded(modelChanged));
 $("sampler").addEventListener("change", samplerChanged);
-$("guidance").addEventListener("input", () => { $("guidance-value").textContent = $("guidance").value; });
+$("guidance").addEventListener("input", () => showGuidance($("guidance").value));
 $("dice").addEventListener("click", dice);
 $("lock").addEventListener("click", () => $("lock").setAttribute("aria-pressed", String(!locked())));
 $("form").addEventListener("submit", guarded(() => { if (!locked()) dice(); return generate(request()); }));
