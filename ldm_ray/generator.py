@@ -28,7 +28,7 @@ from ldm_ray.models.registry import REGISTRY
 from ldm_ray.models.tabled import for_sampling
 from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, to_path
-from ldm_ray.tiles import PIXEL_SIZES, SIZES, Tiles
+from ldm_ray.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles
 
 ENGINE = 2  # goes up with every change to what a seed's bytes are
 DEFAULT = SamplingConfig()
@@ -56,8 +56,8 @@ class Generator:
         self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
         self.class_names = numbered(denoiser.num_classes)
         self.sha256 = ""
-        sizes = PIXEL_SIZES if isinstance(denoiser, UNet) else SIZES
-        self.tiles = Tiles(self._all_matrix_work, codec.latent_dim, self.device, sizes)
+        sizes = (PIXEL_SIZES, PIXEL_WHOLE) if isinstance(denoiser, UNet) else (SIZES, WHOLE)
+        self.tiles = Tiles(self._all_matrix_work, codec.latent_dim, self.device, *sizes)
         fastest = partial(for_sampling, denoiser.to(self.device).eval())
         self.denoiser: Denoise = self.tiles.map(fastest, [schedule.num_train_timesteps])[0]
 

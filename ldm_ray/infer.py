@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,9 @@ def show_process(generator: Any, seeds: list[int], labels: list[int], config: In
 
     from ldm_ray.data.images import grid, save_gif, save_grid
 
-    frames: list[Any] = []
-    generator(seeds, labels, config.sampling, watch=lambda first, step, x0_pred: frames.append(x0_pred))
+    seen: dict[tuple[int, int], Any] = {}  # by step and tile
+    generator(seeds, labels, config.sampling, watch=lambda first, step, x0: seen.update({(step, first): x0}))
+    frames = [torch.cat([seen[key] for key in keys]) for _, keys in groupby(sorted(seen), key=itemgetter(0))]
     images = [generator.decode(frames[i]) for i in spread(len(frames), max(config.process_steps, GIF_FRAMES))]
     strip = [images[i] for i in spread(len(images), config.process_steps)]
     beside = output.with_name(f"{output.stem}_process.png"), output.with_name(f"{output.stem}_process.gif")

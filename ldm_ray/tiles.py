@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 Sizes = dict[str, tuple[int, ...]]
-SIZES: Sizes = {"cpu": (16, 32, 64, 128, 256), "mps": (16, 64, 256), "cuda": (64, 1024, 16384)}
+SIZES: Sizes = {"cpu": (4, 8, 16, 32, 64, 128, 256), "mps": (16, 64, 256), "cuda": (64, 1024, 16384)}
 PIXEL_SIZES: Sizes = {"cpu": (1, 2, 4, 8, 16, 32), "mps": (4, 16, 64), "cuda": (16, 128, 1024)}  # a U-Net's
+WHOLE, PIXEL_WHOLE = 16, 1  # images up to which one thread is faster alone: two hand over Python's lock at every step
 A = TypeVar("A")
 R = TypeVar("R")
 Compute = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
@@ -29,8 +30,10 @@ class Tiles:
     """compute(latents (n, D), t (n,) int64, labels (n,) int64) → tensors (n, …): all work whose bits could
     depend on n."""
 
-    def __init__(self, compute: Compute, dim: int, device: torch.device, sizes: Sizes = SIZES) -> None:
-        self.compute, self.dim, self.device = compute, dim, device
+    def __init__(
+        self, compute: Compute, dim: int, device: torch.device, sizes: Sizes = SIZES, whole: int = WHOLE
+    ) -> None:
+        self.compute, self.dim, self.device, self.whole = compute, dim, device, whole
         self.sizes = sizes[device.type]
         self.threads = torch.get_num_threads() if device.type == "cpu" else 1
         self.pool = ThreadPoolExecutor(self.threads, "tile", initializer=torch.set_num_threads, initargs=(1,))
@@ -39,8 +42,9 @@ class Tiles:
         self._lock = threading.Lock()
 
     def size_for(self, count: int) -> int:
-        """Images per tile for so many images: the smallest size that gives no thread a second tile."""
-        share = -(-count // self.threads)
+        """Images per tile for so many images: the smallest size that gives no thread a second tile, and divides no
+        more than are worth dividing."""
+        share = max(-(-count // self.threads), min(count, self.whole))
         return next((size for size in self.sizes if size >= share and self.is_equal(size)), self.sizes[-1])
 
     def is_equal(self, size: int) -> bool:

@@ -138,11 +138,13 @@ def test_unequal_sizes_are_not_used() -> None:
     """A computation whose bits depend on the number of rows, as some matrix libraries' do."""
 
     def rows_matter(latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-        return [latents * (1 + 1e-7 * (len(latents) in (16, 64)))]
+        return [latents * (1 + 1e-7 * (len(latents) in (8, 16, 64)))]
 
     tiles = Tiles(rows_matter, 16, torch.device("cpu"))
     tiles.threads = 1
-    assert [tiles.size_for(count) for count in (1, 16, 17, 40, 100, 1000)] == [32, 32, 32, 128, 128, 256]
+    assert [tiles.size_for(count) for count in (1, 5, 16, 17, 40, 100, 1000)] == [4, 32, 32, 32, 128, 128, 256]
+    tiles.threads = 2
+    assert [tiles.size_for(count) for count in (4, 8, 16, 32, 64, 100, 1000)] == [4, 32, 32, 32, 32, 128, 256]
 
 
 def test_threads_are_restored_also_after_an_error() -> None:

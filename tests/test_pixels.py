@@ -24,6 +24,7 @@ from ldm_ray.generator import Generator
 from ldm_ray.models.codec import PixelCodec
 from ldm_ray.models.unet import UNet
 from ldm_ray.slots import Slots
+from ldm_ray.tiles import Tiles
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 
@@ -92,6 +93,19 @@ def test_training_lowers_the_loss() -> None:
         fitter.run_epoch(lambda _: False)
         losses.append(fitter.end_epoch())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_the_denoising_is_shown_whole_where_several_tiles_make_it(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tiles, "size_for", lambda *_: 4)
+    flags = ["--num-images", "8", "--num-inference-steps", "3", "--process-steps", "3", "--device", "cpu"]
+    assert infer.main(["--ckpt", str(ckpt), "--output", str(tmp_path / "a.png"), "--show-process", *flags]) == 0
+    strip = np.asarray(Image.open(tmp_path / "a_process.png"))
+    assert strip.shape == (8 * 30 + 2, 3 * 30 + 2)
+    wanted = Generator.open(ckpt)[0](range(42, 50), range(8), FEW)[:, 0].numpy()
+    for i, image in enumerate(wanted):  # the last x0 is the image
+        np.testing.assert_array_equal(strip[2 + 30 * i : 30 + 30 * i, 62:90], image)
 
 
 # --- checkpoints and settings ---

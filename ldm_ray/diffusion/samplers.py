@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -157,6 +157,7 @@ def unipc(schedule: NoiseSchedule, transitions: Sequence[Transition], prediction
     return tuple(plan)
 
 
+@lru_cache(maxsize=16)
 def plan_of(schedule: NoiseSchedule, sampling: SamplingConfig, prediction_type: str = "epsilon") -> Plan:
     """The plan of some settings, with their defaults filled in. ConfigError: more steps than timesteps.
 
