@@ -101,7 +101,12 @@ def denoiser_row(config: TrainConfig, raw: Any, codec: LatentCodec, reference: R
     def look(task: Task, fitter: Fitter, seconds: float) -> None:
         print(f"    {json.dumps(told(task, fitter, seconds))}", flush=True)
 
-    return told(*fitted(config, codec.whiten(raw[0]), raw[1], checkpoint.embed(autoencoder), given.every, look))
+    task, fitter, seconds = fitted(
+        config, codec.whiten(raw[0]), raw[1], checkpoint.embed(autoencoder), given.every, look
+    )
+    if given.save:
+        checkpoint.write(Path(given.save), task.content(fitter.averaged, epoch=config.epochs))
+    return told(task, fitter, seconds)
 
 
 def main() -> None:
@@ -110,7 +115,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="auto")
     parser.add_argument("--model", choices=("mlp", "conv"), help="train this autoencoder")
     parser.add_argument("--ae-ckpt", type=Path, help="train denoisers over this autoencoder")
-    parser.add_argument("--save", help="write the last autoencoder here")
+    parser.add_argument("--save", help="write the last model here")
     parser.add_argument("--guidance-scale", type=float, nargs="+", default=[SamplingConfig().guidance_scale])
     parser.add_argument("--sampler", choices=SAMPLERS, default=SamplingConfig().sampler)
     parser.add_argument("--steps", type=int, nargs="+", default=[None], help="of the sampler [its own]")

@@ -21,7 +21,7 @@ from ldm_ray.paths import AnyPath, to_path
 MAX_SEED = 2**32 - 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SAMPLERS = ("dpmpp_2m_sde", "unipc", "dpmpp_2m", "ddim", "ddpm")
-GUIDANCE_SCALE = 1.5  # chosen with its start by measurement: docs/sampling.md
+GUIDANCE_SCALE = 2.75  # chosen with its start by measurement: docs/sampling.md
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
 DATASET_HELP = (
     "hub id (ylecun/mnist), folder of Parquet files or of PNGs by class, 'digits' (embedded, no network) or 'auto': "
@@ -218,7 +218,7 @@ class SamplerConfig(Config):
     timestep_spacing: str | None = option(None, "which timesteps those are [trailing]", kind=str, choices=SPACINGS)
     eta: float = option(0.0, "ddim's noise: 0 = none, 1 = as much as ddpm", low=0, high=1)
     guidance_start: float = option(
-        0.85, "share of the steps before guidance sets in; 0 = every step is guided", low=0, below=1
+        0.9, "share of the steps before guidance sets in; 0 = every step is guided", low=0, below=1
     )
 
     def __post_init__(self) -> None:

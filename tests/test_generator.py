@@ -20,7 +20,7 @@ from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.generator import Cancelled, Generator
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
-from ldm_ray.models.tabled import TabledDenoiser
+from ldm_ray.models.tabled import TabledDenoiser, in_one_call
 from ldm_ray.tiles import Tiles, single_threaded
 
 SCHEDULE = NoiseSchedule()
@@ -53,6 +53,31 @@ def test_one_shared_timestep_gives_the_bits_of_mixed_ones() -> None:
     tabled, xt, labels = TabledDenoiser(busy_denoiser(), 1000), torch.randn(64, 16), torch.arange(64) % 11
     for t in (0, 77, 999):
         assert torch.equal(tabled(xt, torch.tensor(t).expand(64), labels), tabled(xt, torch.full((64,), t), labels))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no TorchScript in this version"), AttributeError("trace")])
+def test_without_torchscript_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    denoiser, random_ = busy_denoiser(), torch.Generator().manual_seed(2)
+    graph = TabledDenoiser(denoiser, 1000)
+    assert isinstance(graph.of_one_timestep, torch.jit.ScriptFunction), "the fast path is not taken on this machine"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    plain = TabledDenoiser(denoiser, 1000)
+    assert plain.of_several == plain._of_several
+    for count in (1, 4, 33, 256):
+        xt = torch.randn(count, 16, generator=random_) * 3
+        t, labels = torch.randint(0, 1000, (count,), generator=random_), torch.arange(count) % 11
+        for timesteps in (t, t[:1].expand(count)):
+            assert torch.equal(graph(xt, timesteps, labels), plain(xt, timesteps, labels))
+
+
+def test_a_graph_of_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.jit, "trace", lambda function, *_, **__: lambda *given: function(*given) * (1 + 1e-6))
+    double = lambda x: 2 * x  # noqa: E731
+    assert in_one_call(double, torch.ones(3, 2)) is double
 
 
 # --- noise ---

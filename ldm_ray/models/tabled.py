@@ -9,14 +9,20 @@ Shapes: B batch, D latent, H hidden, L layers, T timesteps, C classes.
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser, FiLMLayer
+
+TRACED_WITH = 4  # rows
+log = logging.getLogger(__name__)
 
 
 def for_sampling(denoiser: ConditionedDenoiser, num_train_timesteps: int) -> Any:
@@ -42,9 +48,9 @@ class TabledDenoiser:
         device = denoiser.in_proj.weight.device
         self.shape = (hidden,)
         self.ones, self.zeros = torch.ones(hidden, device=device), torch.zeros(hidden, device=device)
-        self.linears = [(layer.fc.weight, layer.fc.bias) for layer in layers]
+        self.linears = [weights_of(layer.fc) for layer in layers]
         self.in_proj, self.out_norm, self.out_proj = (
-            (part.weight, part.bias) for part in (denoiser.in_proj, denoiser.out_norm, denoiser.out_proj)
+            weights_of(part) for part in (denoiser.in_proj, denoiser.out_norm, denoiser.out_proj)
         )
         e = denoiser.time(torch.arange(num_train_timesteps, device=device))  # (T, E)
         known = denoiser.class_emb.weight  #                                   (C, E)
@@ -52,18 +58,30 @@ class TabledDenoiser:
         by_label = [fold(layer, F.linear(known, layer.proj.weight), 0.0) for layer in layers]
         self.by_time = torch.stack(by_time, dim=1)  #                               (T, L, 2H)
         self.by_label = F.pad(torch.stack(by_label), (0, 0, 0, 1))  # (L, C + 1, 2H): the null label adds nothing
+        zeros = torch.zeros(TRACED_WITH, dtype=torch.int64, device=device)
+        example = torch.zeros(TRACED_WITH, denoiser.latent_dim, device=device), zeros, zeros
+        self.of_one_timestep = in_one_call(self._of_one_timestep, *example)
+        self.of_several = in_one_call(self._of_several, *example)
 
     @torch.inference_mode()
     def __call__(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """xt (B, D), t (B,) int64, labels (B,) int64 in 0..num_classes → the denoiser's output (B, D)."""
-        shared = t.stride(0) == 0  # one timestep for all: add before looking the labels up
-        tables = self.by_time[t[0]].unsqueeze(1) + self.by_label if shared else self.by_label
+        return (self.of_one_timestep if t.stride(0) == 0 else self.of_several)(xt, t, labels)
+
+    def _of_one_timestep(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """t is the same for all rows: added before the labels are looked up."""
+        tables = self.by_time.index_select(0, t[:1]).view(-1, 1, 2 * self.shape[0]) + self.by_label  # (L, C + 1, 2H)
+        return self._layers(xt, (table.index_select(0, labels) for table in tables.unbind()))
+
+    def _of_several(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        pairs = zip(self.by_time.unbind(dim=1), self.by_label.unbind(), strict=True)
+        return self._layers(xt, (label.index_select(0, labels) + time.index_select(0, t) for time, label in pairs))
+
+    def _layers(self, xt: Tensor, films: Iterable[Tensor]) -> Tensor:
+        """films: (B, 2H) each, of one layer at a time, so that it stays in the cache."""
         h = F.silu(F.linear(xt, *self.in_proj))  # (B, H)
         x = h
-        for i, (table, linear) in enumerate(zip(tables, self.linears, strict=True)):
-            film = table.index_select(0, labels)  # (B, 2H): of one layer at a time it stays in the cache
-            if not shared:
-                film += self.by_time[:, i].index_select(0, t)
+        for i, (film, linear) in enumerate(zip(films, self.linears, strict=True)):
             scale, shift = film.chunk(2, dim=1)
             normed = torch.layer_norm(x, self.shape, self.ones, self.zeros)  # faster with weights than without
             x = F.linear(F.silu(torch.addcmul(shift, scale, normed), inplace=True), *linear)
@@ -71,6 +89,31 @@ class TabledDenoiser:
                 h = x = h + x
         normed = torch.layer_norm(h, self.shape, *self.out_norm)
         return F.linear(F.silu(normed, inplace=True), *self.out_proj)  # (B, D)
+
+
+def weights_of(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return part.weight.detach(), part.bias.detach()
+
+
+def in_one_call(function: Callable[..., Tensor], *example: Tensor) -> Callable[..., Tensor]:
+    """The function as a TorchScript graph on a CPU: the same operations with no Python between them. Threads that
+    run tiles side by side hand over Python's lock at every operation otherwise, which costs small tiles half their
+    time. The function itself on other devices, and where PyTorch cannot (TorchScript is deprecated there) or
+    makes other bits."""
+    if example[0].device.type != "cpu":
+        return function
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is deprecated
+            graph = torch.jit.trace(function, example, check_trace=False)
+        tried = torch.randn(example[0].shape, generator=torch.Generator().manual_seed(0)), *example[1:]
+        wanted = function(*tried)
+        if all(torch.equal(graph(*tried), wanted) for _ in range(3)):  # it optimises itself in the second call
+            return graph
+        log.info("TorchScript makes other bits than PyTorch here: it is left out")
+    except (RuntimeError, AttributeError) as error:
+        log.info("no TorchScript: %s", str(error).partition("\n")[0])
+    return function
 
 
 def fold(layer: FiLMLayer, film: Tensor, one: float) -> Tensor:
