@@ -164,6 +164,7 @@ class TrainConfig(RunConfig):
         low=8,
         high=8192,
     )
+    num_blocks: int = option(4, "residual blocks of the denoiser of latents, two FiLM layers each", low=1, high=64)
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
     whiten: bool = by_recipe(
         "train on latents of unit covariance; otherwise as the encoder gives them",
@@ -197,6 +198,8 @@ class TrainConfig(RunConfig):
             for flag, given in (("ae-ckpt", self.ae_ckpt), ("ae-ckpt-dir", self.ae_ckpt_dir), ("whiten", self.whiten)):
                 if given:
                     raise ConfigError(f"--{flag} belongs to --space latent; --space pixel has no autoencoder")
+            if self.num_blocks != 4:
+                raise ConfigError("--num-blocks belongs to --space latent; the U-Net of --space pixel has one shape")
 
 
 @dataclass(frozen=True, kw_only=True)

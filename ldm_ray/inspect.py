@@ -56,8 +56,9 @@ def describe(path: AnyPath) -> dict[str, Any]:
     }
     if kind == "pixel_diffusion":
         assert diffusion.codec is not None
-        found["image_size"] = diffusion.codec.image_size
-    elif carried:
+        return found | {"image_size": diffusion.codec.image_size} | diffusion.info
+    found["num_blocks"] = denoiser.num_blocks
+    if carried:
         size = {"image_size": carried.codec.image_size}
         found["autoencoder"] = {"type": carried.codec.kind} | size | {"path": carried.path, "sha256": carried.sha256}
     else:

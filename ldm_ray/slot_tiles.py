@@ -83,14 +83,12 @@ class Board:
 
     @torch.inference_mode()
     def join(self, images: list[Image]) -> None:
-        """Gives images their places, labels and starting latents."""
+        """Gives images their places, labels and given latents; others' are drawn in their first leg."""
         while len(self._free) < len(images):
             self._grow(2 * len(self.latents))
         for image in images:
             image.place = self._free.pop()
         places = self._places(images)
-        seeds = torch.tensor([image.seed for image in images], dtype=torch.int64, device=self.device)
-        self.latents[places] = gaussian(seeds, 0, self.dim)[0]
         self.x0s[places] = 0.0
         self.labels[places] = self.generator.labels_of([image.job.labels[image.index] for image in images])
         for image in images:
@@ -114,24 +112,25 @@ class Board:
         images, size = tile.images, tile.size
         limit = min(tile.limit, min(self._until_stop(image) for image in images))
         runs = [list(run) for _, run in groupby(images, key=lambda image: (image.job.plan_id, image.step))]
+        self._draw(images)
         noisy = any(run[0].job.noisy for run in runs)
         if noisy:
-            self._draw(images)
             limit = min(limit, min(i.drawn + self.ahead - i.step - 1 for i in images if i.job.noisy))
         places = self._places(images)
         rows = filled(places, size)
         xt, labels = self.latents[rows], self.labels[rows]  # (B, D), (B,)
         before, earlier = self.x0s[rows].unbind(dim=1)  #     (B, D) each
         first = torch.tensor([i.step + 1 - i.drawn if i.job.noisy else 0 for i in images], device=self.device)
-        offsets = filled(first, size)
+        offsets = filled(first, size)[:, None] + torch.arange(limit, device=self.device)  # (B, K)
+        # of the images without noise any numbers are taken, times 0
+        noise = self.noise[rows[:, None], offsets.clamp_(max=self.ahead - 1)].unbind(dim=1) if noisy else [None] * limit
         timesteps, steps = self._uniform(runs[0][0], limit, size) if len(runs) == 1 else self._mixed(runs, limit, size)
         scale = self._scale(tile) if tile.guided else 1.0
         denoise = guided(self.generator.denoiser, scale, self.generator.null_label)
         taken = 0
         while True:
             output = denoise(xt, timesteps[taken], labels)
-            noise = self.noise[rows, (offsets + taken).clamp_(max=self.ahead - 1)] if noisy else None
-            xt, x0 = advance(steps[taken], xt, output, (before, earlier), noise)
+            xt, x0 = advance(steps[taken], xt, output, (before, earlier), noise[taken])
             before, earlier = x0, before
             taken += 1
             if taken == limit or self.changed:
@@ -158,16 +157,29 @@ class Board:
         return min(step for step in stops if step > image.step) - image.step
 
     def _draw(self, images: list[Image]) -> None:
-        """Draws the noise of the coming steps for noisy images that have none left."""
-        empty = [i for i in images if i.job.noisy and (i.drawn < 0 or i.step + 1 >= i.drawn + self.ahead)]
-        empty.sort(key=lambda image: image.step)
-        for step, run in groupby(empty, key=lambda image: image.step):
+        """Draws what images begin with, and the noise of the coming steps for noisy ones that have none left.
+
+        In the thread of the tile, and both in one go: few seeds cost as much as their numbers.
+        """
+
+        def needs(image: Image) -> tuple[bool, bool, int]:
+            """(what it begins with, noise, step)"""
+            empty = image.drawn < 0 or image.step + 1 >= image.drawn + self.ahead
+            return image.step == 0 and image.job.start is None, image.job.noisy and empty, image.step
+
+        for (start, noise, step), run in groupby(sorted(images, key=needs), key=needs):
+            if not start and not noise:
+                continue
             group = list(run)
             seeds = torch.tensor([image.seed for image in group], dtype=torch.int64, device=self.device)
-            count = min(self.ahead, max(len(image.job.plan) for image in group) - step)
-            self.noise[self._places(group), :count] = gaussian(seeds, step + 1, self.dim, count).transpose(0, 1)
-            for image in group:
-                image.drawn = step + 1
+            count = min(self.ahead, max(len(image.job.plan) for image in group) - step) if noise else 0
+            drawn = gaussian(seeds, step if start else step + 1, self.dim, count + start)
+            if start:
+                self.latents[self._places(group)] = drawn[0]
+            if noise:
+                self.noise[self._places(group), :count] = drawn[int(start) :].transpose(0, 1)
+                for image in group:
+                    image.drawn = step + 1
 
     def _uniform(self, image: Image, limit: int, size: int) -> tuple[list[Tensor], Sequence[Step]]:
         """Timesteps (B,) and coefficients for each of ``limit`` steps, all images at the same step of one plan."""

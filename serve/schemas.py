@@ -35,7 +35,7 @@ class Sampling(Strict):
     model: str | None = Field(None, max_length=200, description="one of /v1/models [the served one]")
     num_inference_steps: Steps | None = Field(None, examples=[8])
     sampler: Literal[SAMPLERS] | None = Field(None, examples=["dpmpp_2m_sde"])  # type: ignore[valid-type]
-    guidance_scale: float | None = Field(None, strict=True, ge=0, le=20, allow_inf_nan=False, examples=[1.5])
+    guidance_scale: float | None = Field(None, strict=True, ge=0, le=20, allow_inf_nan=False, examples=[2.75])
     size: str = Field("28x28", description="28x28 times a whole number up to 16 (448x448)", examples=["28x28"])
     response_format: Literal["b64_json"] = "b64_json"
 

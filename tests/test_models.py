@@ -15,6 +15,7 @@ from ldm_ray.models import registry
 from ldm_ray.models.autoencoders import MLPAutoencoder
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.models.denoiser import Denoiser, FiLMLayer
+from ldm_ray.models.tabled import TabledDenoiser
 
 MLP_KEYS = [f"encoder.net.{i}" for i in (1, 3, 5, 7)] + [f"decoder.core.{i}" for i in (0, 2, 4, 6)]
 CONV_KEYS = [
@@ -141,6 +142,20 @@ def test_denoiser_is_rebuilt_from_its_state() -> None:
     broken = model.state_dict() | {"b2a.fc.weight": torch.zeros(24, 23)}
     with pytest.raises(RuntimeError, match=r"b2a\.fc\.weight"):
         Denoiser.from_state(broken)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 11])
+def test_the_number_of_blocks_is_read_from_the_state(num_blocks: int) -> None:
+    model = awake(Denoiser(hidden_dim=24, num_blocks=num_blocks)).eval()
+    again = Denoiser.from_state(model.state_dict()).eval()
+    assert again.num_blocks == num_blocks
+    xt, t, labels = torch.randn(5, 16), torch.tensor([0, 1, 50, 99, 3]), torch.tensor([0, 3, 4, 10, 9])
+    with torch.no_grad():
+        assert torch.equal(again(xt, t, labels), model(xt, t, labels))
+    torch.testing.assert_close(TabledDenoiser(again, 100)(xt, t, labels), again(xt, t, labels), rtol=0, atol=1e-5)
+    missing = {name: value for name, value in model.state_dict().items() if not name.startswith("b1b")}
+    with pytest.raises(RuntimeError, match="b1b"):
+        Denoiser.from_state(missing)
 
 
 def correlated(number: int, dim: int) -> torch.Tensor:

@@ -148,7 +148,7 @@ def test_recipes_have_values_of_their_own_for_pixels() -> None:
     assert TrainConfig(space="pixel", lr=1e-4).lr == 1e-4
 
 
-@pytest.mark.parametrize("given", [{"ae_ckpt": "a.pt"}, {"ae_ckpt_dir": "a"}, {"whiten": True}])
+@pytest.mark.parametrize("given", [{"ae_ckpt": "a.pt"}, {"ae_ckpt_dir": "a"}, {"whiten": True}, {"num_blocks": 2}])
 def test_what_belongs_to_latents_is_refused(given: dict) -> None:
     with pytest.raises(ConfigError, match="belongs to --space latent"):
         TrainConfig(space="pixel", **given)

@@ -5,6 +5,7 @@ State-dict names are a file format: keep them. Shapes: B batch, D latent, H hidd
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm_ray.models.conditioning import ConditionedDenoiser, filled_with, sizes_of, zeroed
 
-BLOCKS = ("b1", "b2", "b3", "b4")
+NUM_BLOCKS = 4  # as published
 
 
 class FiLMLayer(nn.Module):
@@ -31,6 +32,11 @@ class FiLMLayer(nn.Module):
         return self.fc(F.silu(h))
 
 
+def film_names(num_blocks: int) -> list[str]:
+    """b1a, b1b, b2a, …"""
+    return [f"b{block}{half}" for block in range(1, num_blocks + 1) for half in "ab"]
+
+
 class Denoiser(ConditionedDenoiser):
     """Predicts from noised latents, timestep and label; the same for every autoencoder."""
 
@@ -41,30 +47,30 @@ class Denoiser(ConditionedDenoiser):
         num_classes: int = 10,
         embedding_dim: int = 256,
         sinusoid_dim: int = 128,
+        num_blocks: int = NUM_BLOCKS,
     ) -> None:
         super().__init__(num_classes, embedding_dim, sinusoid_dim)
-        self.latent_dim, self.hidden_dim = latent_dim, hidden_dim
+        self.latent_dim, self.hidden_dim, self.num_blocks = latent_dim, hidden_dim, num_blocks
         self.in_proj = nn.Linear(latent_dim, hidden_dim)
-        for block in BLOCKS:
-            for half in "ab":
-                self.add_module(block + half, FiLMLayer(hidden_dim, embedding_dim))
+        for name in film_names(num_blocks):
+            self.add_module(name, FiLMLayer(hidden_dim, embedding_dim))
         self.out_norm = nn.LayerNorm(hidden_dim)
         self.out_proj = zeroed(nn.Linear(hidden_dim, latent_dim))  # predicts zero, the mean of the noise
 
     def film_layers(self) -> Iterator[FiLMLayer]:
         """In the order in which they run; each two have a residual connection around them."""
-        for block in BLOCKS:
-            for half in "ab":
-                layer = self.get_submodule(block + half)
-                assert isinstance(layer, FiLMLayer)
-                yield layer
+        for name in film_names(self.num_blocks):
+            layer = self.get_submodule(name)
+            assert isinstance(layer, FiLMLayer)
+            yield layer
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Denoiser:
         """Builds the denoiser whose sizes the state dict has, with its weights. RuntimeError when they do not fit."""
         hidden_dim, latent_dim = state["in_proj.weight"].shape
+        num_blocks = sum(re.fullmatch(r"b\d+a\.fc\.weight", name) is not None for name in state)
         with torch.device("meta"):  # no memory is taken for sizes that the other weights may not have
-            model = cls(latent_dim, hidden_dim, *sizes_of(state))
+            model = cls(latent_dim, hidden_dim, *sizes_of(state), num_blocks)
         return filled_with(model, state)
 
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

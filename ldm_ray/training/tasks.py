@@ -113,7 +113,8 @@ class DenoiserTask(Task):
             self.denoiser = UNet(codec.image_size, config.hidden_dim, num_classes)
             self.denoiser.to(memory_format=torch.channels_last)
         else:
-            self.denoiser = Denoiser(codec.latent_dim, config.hidden_dim, num_classes)
+            sizes = {"latent_dim": codec.latent_dim, "hidden_dim": config.hidden_dim, "num_blocks": config.num_blocks}
+            self.denoiser = Denoiser(num_classes=num_classes, **sizes)
         self.denoiser.to(device)
         self.model: nn.Module = self.denoiser
         self.device, self.ema_decay = device, config.ema_decay
