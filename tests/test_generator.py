@@ -18,9 +18,10 @@ from ldm_ray.diffusion.noise import ImageNoise, gaussian, philox, words
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.generator import Cancelled, Generator
-from ldm_ray.models import registry
+from ldm_ray.models import registry, tabled
 from ldm_ray.models.codec import LatentCodec
-from ldm_ray.models.tabled import TabledDenoiser, in_one_call
+from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.models.tabled import TabledDenoiser
 from ldm_ray.tiles import Tiles, single_threaded
 
 SCHEDULE = NoiseSchedule()
@@ -59,14 +60,15 @@ def test_one_shared_timestep_gives_the_bits_of_mixed_ones() -> None:
 def test_without_torchscript_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     denoiser, random_ = busy_denoiser(), torch.Generator().manual_seed(2)
     graph = TabledDenoiser(denoiser, 1000)
-    assert isinstance(graph.of_one_timestep, torch.jit.ScriptFunction), "the fast path is not taken on this machine"
+    assert isinstance(graph.one_timestep, torch.jit.ScriptFunction), "the fast path is not taken on this machine"
 
     def refuse(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(torch.jit, "trace", refuse)
+    monkeypatch.setattr(tabled, "graphs", {})
     plain = TabledDenoiser(denoiser, 1000)
-    assert plain.of_several == plain._of_several
+    assert plain.one_timestep is tabled.one_timestep and plain.several_timesteps is tabled.several_timesteps
     for count in (1, 4, 33, 256):
         xt = torch.randn(count, 16, generator=random_) * 3
         t, labels = torch.randint(0, 1000, (count,), generator=random_), torch.arange(count) % 11
@@ -76,8 +78,17 @@ def test_without_torchscript_the_bits_are_the_same(monkeypatch: pytest.MonkeyPat
 
 def test_a_graph_of_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.jit, "trace", lambda function, *_, **__: lambda *given: function(*given) * (1 + 1e-6))
-    double = lambda x: 2 * x  # noqa: E731
-    assert in_one_call(double, torch.ones(3, 2)) is double
+    monkeypatch.setattr(tabled, "graphs", {})
+    assert TabledDenoiser(busy_denoiser(40), 10).one_timestep is tabled.one_timestep
+
+
+def test_graphs_hold_no_weights() -> None:
+    """A training run makes a denoiser's tables for each picture: two of one shape share a graph."""
+    first, second = TabledDenoiser(busy_denoiser(48), 10), TabledDenoiser(Denoiser(16, 48).eval(), 10)
+    assert first.one_timestep is second.one_timestep
+    assert "<Tensor>" not in str(first.one_timestep.graph) + str(first.several_timesteps.graph)
+    xt, t = torch.randn(5, 16), torch.full((5,), 3)
+    assert first(xt, t, t).any() and not second(xt, t, t).any()  # an untrained network gives 0
 
 
 # --- noise ---

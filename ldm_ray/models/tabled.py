@@ -16,12 +16,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser, FiLMLayer
 
 TRACED_WITH = 4  # rows
+Weights = tuple[
+    Tensor, ...
+]  # weight and bias in turn: of a LayerNorm without effect, in_proj, out_norm, out_proj, layers
+graphs: dict[Any, Any] = {}
 log = logging.getLogger(__name__)
 
 
@@ -44,71 +48,79 @@ class TabledDenoiser:
     def __init__(self, denoiser: Denoiser, num_train_timesteps: int) -> None:
         layers: list[FiLMLayer] = list(denoiser.film_layers())
         self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
-        hidden = denoiser.hidden_dim
-        device = denoiser.in_proj.weight.device
-        self.shape = (hidden,)
-        self.ones, self.zeros = torch.ones(hidden, device=device), torch.zeros(hidden, device=device)
-        self.linears = [weights_of(layer.fc) for layer in layers]
-        self.in_proj, self.out_norm, self.out_proj = (
-            weights_of(part) for part in (denoiser.in_proj, denoiser.out_norm, denoiser.out_proj)
-        )
-        e = denoiser.time(torch.arange(num_train_timesteps, device=device))  # (T, E)
-        known = denoiser.class_emb.weight  #                                   (C, E)
+        e = denoiser.time(torch.arange(num_train_timesteps, device=denoiser.in_proj.weight.device))  # (T, E)
+        known = denoiser.class_emb.weight  #                                                           (C, E)
         by_time = [fold(layer, layer.proj(e), 1.0) for layer in layers]
         by_label = [fold(layer, F.linear(known, layer.proj.weight), 0.0) for layer in layers]
         self.by_time = torch.stack(by_time, dim=1)  #                               (T, L, 2H)
         self.by_label = F.pad(torch.stack(by_label), (0, 0, 0, 1))  # (L, C + 1, 2H): the null label adds nothing
-        zeros = torch.zeros(TRACED_WITH, dtype=torch.int64, device=device)
-        example = torch.zeros(TRACED_WITH, denoiser.latent_dim, device=device), zeros, zeros
-        self.of_one_timestep = in_one_call(self._of_one_timestep, *example)
-        self.of_several = in_one_call(self._of_several, *example)
+        unscaled = torch.ones_like(denoiser.out_norm.weight), torch.zeros_like(denoiser.out_norm.bias)
+        parts = denoiser.in_proj, denoiser.out_norm, denoiser.out_proj, *(layer.fc for layer in layers)
+        self.weights = *unscaled, *(weight.detach() for part in parts for weight in (part.weight, part.bias))
+        self.one_timestep = in_one_call(one_timestep, self.by_time, self.by_label, self.weights)
+        self.several_timesteps = in_one_call(several_timesteps, self.by_time, self.by_label, self.weights)
 
     @torch.inference_mode()
     def __call__(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """xt (B, D), t (B,) int64, labels (B,) int64 in 0..num_classes → the denoiser's output (B, D)."""
-        return (self.of_one_timestep if t.stride(0) == 0 else self.of_several)(xt, t, labels)
-
-    def _of_one_timestep(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """t is the same for all rows: added before the labels are looked up."""
-        tables = self.by_time.index_select(0, t[:1]).view(-1, 1, 2 * self.shape[0]) + self.by_label  # (L, C + 1, 2H)
-        return self._layers(xt, (table.index_select(0, labels) for table in tables.unbind()))
-
-    def _of_several(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        pairs = zip(self.by_time.unbind(dim=1), self.by_label.unbind(), strict=True)
-        return self._layers(xt, (label.index_select(0, labels) + time.index_select(0, t) for time, label in pairs))
-
-    def _layers(self, xt: Tensor, films: Iterable[Tensor]) -> Tensor:
-        """films: (B, 2H) each, of one layer at a time, so that it stays in the cache."""
-        h = F.silu(F.linear(xt, *self.in_proj))  # (B, H)
-        x = h
-        for i, (film, linear) in enumerate(zip(films, self.linears, strict=True)):
-            scale, shift = film.chunk(2, dim=1)
-            normed = torch.layer_norm(x, self.shape, self.ones, self.zeros)  # faster with weights than without
-            x = F.linear(F.silu(torch.addcmul(shift, scale, normed), inplace=True), *linear)
-            if i % 2:
-                h = x = h + x
-        normed = torch.layer_norm(h, self.shape, *self.out_norm)
-        return F.linear(F.silu(normed, inplace=True), *self.out_proj)  # (B, D)
+        run = self.one_timestep if t.stride(0) == 0 else self.several_timesteps
+        return run(xt, t, labels, self.by_time, self.by_label, self.weights)
 
 
-def weights_of(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return part.weight.detach(), part.bias.detach()
+def one_timestep(xt: Tensor, t: Tensor, labels: Tensor, by_time: Tensor, by_label: Tensor, weights: Weights) -> Tensor:
+    """t is the same for all rows: added before the labels are looked up."""
+    tables = by_time.index_select(0, t[:1])[0].unsqueeze(1) + by_label  # (L, C + 1, 2H)
+    return run_layers(xt, (table.index_select(0, labels) for table in tables.unbind()), weights)
 
 
-def in_one_call(function: Callable[..., Tensor], *example: Tensor) -> Callable[..., Tensor]:
+def several_timesteps(
+    xt: Tensor, t: Tensor, labels: Tensor, by_time: Tensor, by_label: Tensor, weights: Weights
+) -> Tensor:
+    tables = zip(by_time.unbind(dim=1), by_label.unbind(), strict=True)
+    return run_layers(xt, (time.index_select(0, t) + label.index_select(0, labels) for time, label in tables), weights)
+
+
+def run_layers(xt: Tensor, films: Iterable[Tensor], weights: Weights) -> Tensor:
+    """films: (B, 2H) each, of one layer at a time, so that it stays in the cache."""
+    unscaled, in_proj, out_norm, out_proj, *linears = zip(weights[::2], weights[1::2], strict=True)
+    h = F.silu(F.linear(xt, *in_proj))  # (B, H)
+    x, shape = h, h.shape[1:]
+    for i, (film, linear) in enumerate(zip(films, linears, strict=True)):
+        scale, shift = film.chunk(2, dim=1)
+        normed = torch.layer_norm(x, shape, *unscaled)  # faster with weights than without
+        x = F.linear(F.silu(torch.addcmul(shift, scale, normed), inplace=True), *linear)
+        if i % 2:
+            h = x = h + x
+    normed = torch.layer_norm(h, shape, *out_norm)
+    return F.linear(F.silu(normed, inplace=True), *out_proj)  # (B, D)
+
+
+def in_one_call(function: Callable[..., Tensor], by_time: Tensor, by_label: Tensor, weights: Weights) -> Any:
     """The function as a TorchScript graph on a CPU: the same operations with no Python between them. Threads that
     run tiles side by side hand over Python's lock at every operation otherwise, which costs small tiles half their
     time. The function itself on other devices, and where PyTorch cannot (TorchScript is deprecated there) or
-    makes other bits."""
-    if example[0].device.type != "cpu":
+    makes other bits.
+
+    PyTorch never lets go of a graph, so it holds no weights and is made once for all networks of a shape.
+    """
+    key = function, *(tensor.shape for tensor in (by_time, by_label, *weights))
+    if by_time.device.type != "cpu":
         return function
+    if key not in graphs:
+        graphs[key] = traced(function, by_time, by_label, weights)
+    return graphs[key]
+
+
+def traced(function: Callable[..., Tensor], by_time: Tensor, by_label: Tensor, weights: Weights) -> Any:
+    random = torch.Generator().manual_seed(0)
+    zeros = torch.zeros(TRACED_WITH, dtype=torch.int64)
+    given = torch.randn(TRACED_WITH, weights[2].shape[1], generator=random), zeros, zeros, by_time, by_label, weights
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is deprecated
-            graph = torch.jit.trace(function, example, check_trace=False)
-        tried = torch.randn(example[0].shape, generator=torch.Generator().manual_seed(0)), *example[1:]
-        wanted = function(*tried)
-        if all(torch.equal(graph(*tried), wanted) for _ in range(3)):  # it optimises itself in the second call
+            graph = torch.jit.trace(function, given, check_trace=False)
+        wanted = function(*given)
+        if all(torch.equal(graph(*given).nan_to_num(), wanted.nan_to_num()) for _ in range(3)):  # it optimises itself
             return graph
         log.info("TorchScript makes other bits than PyTorch here: it is left out")
     except (RuntimeError, AttributeError) as error:
