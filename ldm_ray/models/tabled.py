@@ -22,9 +22,8 @@ from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser, FiLMLayer
 
 TRACED_WITH = 4  # rows
-Weights = tuple[
-    Tensor, ...
-]  # weight and bias in turn: of a LayerNorm without effect, in_proj, out_norm, out_proj, layers
+# weight and bias in turn: of a LayerNorm without effect, in_proj, out_norm, out_proj, then each layer's linear map
+Weights = tuple[Tensor, ...]
 graphs: dict[Any, Any] = {}
 log = logging.getLogger(__name__)
 
