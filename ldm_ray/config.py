@@ -21,6 +21,7 @@ from ldm_ray.paths import AnyPath, to_path
 MAX_SEED = 2**32 - 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SAMPLERS = ("dpmpp_2m_sde", "unipc", "dpmpp_2m", "ddim", "ddpm")
+NUM_BLOCKS = 4  # of the denoiser, as published
 GUIDANCE_SCALE = 2.75  # chosen with its start by measurement: docs/sampling.md
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
 DATASET_HELP = (
@@ -164,7 +165,9 @@ class TrainConfig(RunConfig):
         low=8,
         high=8192,
     )
-    num_blocks: int = option(4, "residual blocks of the denoiser of latents, two FiLM layers each", low=1, high=64)
+    num_blocks: int = option(
+        NUM_BLOCKS, "residual blocks of the denoiser of latents, two FiLM layers each", low=1, high=64
+    )
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
     whiten: bool = by_recipe(
         "train on latents of unit covariance; otherwise as the encoder gives them",
@@ -198,7 +201,7 @@ class TrainConfig(RunConfig):
             for flag, given in (("ae-ckpt", self.ae_ckpt), ("ae-ckpt-dir", self.ae_ckpt_dir), ("whiten", self.whiten)):
                 if given:
                     raise ConfigError(f"--{flag} belongs to --space latent; --space pixel has no autoencoder")
-            if self.num_blocks != 4:
+            if self.num_blocks != NUM_BLOCKS:
                 raise ConfigError("--num-blocks belongs to --space latent; the U-Net of --space pixel has one shape")
 
 

@@ -153,9 +153,10 @@ def test_the_number_of_blocks_is_read_from_the_state(num_blocks: int) -> None:
     with torch.no_grad():
         assert torch.equal(again(xt, t, labels), model(xt, t, labels))
     torch.testing.assert_close(TabledDenoiser(again, 100)(xt, t, labels), again(xt, t, labels), rtol=0, atol=1e-5)
-    missing = {name: value for name, value in model.state_dict().items() if not name.startswith("b1b")}
-    with pytest.raises(RuntimeError, match="b1b"):
-        Denoiser.from_state(missing)
+    for part in ("b1b", "b"):  # a half of a block, and all of them
+        missing = {name: value for name, value in model.state_dict().items() if not name.startswith(part)}
+        with pytest.raises(RuntimeError, match="b1b"):
+            Denoiser.from_state(missing)
 
 
 def correlated(number: int, dim: int) -> torch.Tensor:

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_ray.config import NUM_BLOCKS
 from ldm_ray.models.conditioning import ConditionedDenoiser, filled_with, sizes_of, zeroed
-
-NUM_BLOCKS = 4  # as published
 
 
 class FiLMLayer(nn.Module):
@@ -68,7 +67,7 @@ class Denoiser(ConditionedDenoiser):
     def from_state(cls, state: Mapping[str, Tensor]) -> Denoiser:
         """Builds the denoiser whose sizes the state dict has, with its weights. RuntimeError when they do not fit."""
         hidden_dim, latent_dim = state["in_proj.weight"].shape
-        num_blocks = sum(re.fullmatch(r"b\d+a\.fc\.weight", name) is not None for name in state)
+        num_blocks = max(1, sum(re.fullmatch(r"b\d+a\.fc\.weight", name) is not None for name in state))
         with torch.device("meta"):  # no memory is taken for sizes that the other weights may not have
             model = cls(latent_dim, hidden_dim, *sizes_of(state), num_blocks)
         return filled_with(model, state)

@@ -102,9 +102,9 @@ def in_one_call(function: Callable[..., Tensor], by_time: Tensor, by_label: Tens
 
     PyTorch never lets go of a graph, so it holds no weights and is made once for all networks of a shape.
     """
-    key = function, *(tensor.shape for tensor in (by_time, by_label, *weights))
     if by_time.device.type != "cpu":
         return function
+    key = function, *(tensor.shape for tensor in (by_time, by_label, *weights))
     if key not in graphs:
         graphs[key] = traced(function, by_time, by_label, weights)
     return graphs[key]
