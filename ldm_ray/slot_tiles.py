@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -43,24 +42,37 @@ class Image:
 
 @dataclass
 class Tile:
-    """Images that step together; all of them guided, or none."""
+    """Images that step together; all of them guided, or none at first; or still ones, which are only decoded."""
 
     images: list[Image]
     size: int
-    guided: bool
-    limit: int = 1
+    limit: int = 1  # steps at most; 0: still
 
 
-def tiles_of(images: Sequence[Image], size_for: Callable[[int], int]) -> list[Tile]:
+@dataclass
+class Leg:
+    """What became of a tile's images."""
+
+    taken: int = 0  # steps, by every one
+    guided: int = 0  # the last so many of them
+    done: list[Image] = field(default_factory=list)  # finished; image and latent are with their jobs
+    failed: list[Image] = field(default_factory=list)  # finished as numbers that are not finite
+    shown: list[tuple[Image, Tensor]] = field(default_factory=list)  # with the image predicted so far (H, W) uint8
+
+
+def tiles_of(images: Sequence[Image], size_for: Callable[[int], int], limit: int = 1) -> list[Tile]:
     """Images in tiles, those of one plan and step side by side."""
-    tiles = []
-    for kind in (False, True):
-        chosen = [image for image in images if (image.step >= image.job.guided_from) is kind]
+    tiles: list[Tile] = []
+    still = [image for image in images if image.step == len(image.job.plan)]
+    moving = [image for image in images if image.step < len(image.job.plan)]
+    unguided = [image for image in moving if image.step < image.job.guided_from]
+    guided = [image for image in moving if image.step >= image.job.guided_from]
+    for chosen, steps in ((still, 0), (unguided, limit), (guided, limit)):
         if not chosen:
             continue
         chosen.sort(key=lambda image: (image.job.plan_id, image.step))
         size = size_for(len(chosen))
-        tiles += [Tile(chosen[i : i + size], size, kind) for i in range(0, len(chosen), size)]
+        tiles += [Tile(chosen[i : i + size], size, steps) for i in range(0, len(chosen), size)]
     return tiles
 
 
@@ -98,19 +110,28 @@ class Board:
     def leave(self, images: list[Image]) -> None:
         self._free += [image.place for image in images]
 
-    def leg(self, tile: Tile) -> int:
-        """Steps taken by every image of a tile, at least 1 and at most its limit: until an image is finished, to be
-        shown or guided, something changed, or a deadline came. −1: an error, which is logged."""
+    def leg(self, tile: Tile) -> Leg | None:
+        """Steps of a tile's images, at least 1 and at most its limit: until an image is finished or to be shown,
+        some but not all become guided, something changed, or a deadline came. What is finished or to be shown is
+        decoded. None: an error, which is logged."""
         try:
-            return self._leg(tile)
+            leg = self._steps(tile) if tile.limit else Leg()
+            for image in tile.images:
+                image.step += leg.taken
+            self._decode(tile, leg)
+            return leg
         except Exception:
             log.exception("a tile of %d images failed", len(tile.images))
-            return -1
+            return None
 
     @torch.inference_mode()
-    def _leg(self, tile: Tile) -> int:
+    def _steps(self, tile: Tile) -> Leg:
         images, size = tile.images, tile.size
         limit = min(tile.limit, min(self._until_stop(image) for image in images))
+        unguided = {max(0, image.job.guided_from - image.step) for image in images}  # steps before guidance
+        if len(unguided) > 1:
+            limit = min(limit, *unguided)
+        switch = min(unguided)
         runs = [list(run) for _, run in groupby(images, key=lambda image: (image.job.plan_id, image.step))]
         self._draw(images)
         noisy = any(run[0].job.noisy for run in runs)
@@ -125,11 +146,11 @@ class Board:
         # of the images without noise any numbers are taken, times 0
         noise = self.noise[rows[:, None], offsets.clamp_(max=self.ahead - 1)].unbind(dim=1) if noisy else [None] * limit
         timesteps, steps = self._uniform(runs[0][0], limit, size) if len(runs) == 1 else self._mixed(runs, limit, size)
-        scale = self._scale(tile) if tile.guided else 1.0
-        denoise = guided(self.generator.denoiser, scale, self.generator.null_label)
+        plain = self.generator.denoiser
+        denoise_guided = guided(plain, self._scale(tile), self.generator.null_label) if switch < limit else plain
         taken = 0
         while True:
-            output = denoise(xt, timesteps[taken], labels)
+            output = (plain if taken < switch else denoise_guided)(xt, timesteps[taken], labels)
             xt, x0 = advance(steps[taken], xt, output, (before, earlier), noise[taken])
             before, earlier = x0, before
             taken += 1
@@ -139,21 +160,31 @@ class Board:
                 break
         self.latents[places] = xt[: len(images)]
         self.x0s[places] = torch.stack([before, earlier], dim=1)[: len(images)]
-        return taken
+        return Leg(taken, guided=max(0, taken - switch))
 
-    def decode(self, finished: list[Image], shown: list[Image]) -> tuple[Tensor, Tensor, list[bool]]:
-        """(pictures (n, H, W) uint8 on the CPU: of the finished, then of the shown; latents (n, D); finite)."""
-        with torch.inference_mode():
-            latents = torch.cat([self.latents[self._places(finished)], self.x0s[self._places(shown), 0]])
-        tiles = self.generator.tiles
-        size = tiles.size_for(len(latents))
-        made = torch.cat(tiles.map(partial(self.generator._decode, size), latents.split(size)))
+    @torch.inference_mode()
+    def _decode(self, tile: Tile, leg: Leg) -> None:
+        """Decodes what is finished or to be shown, in the thread of the tile, and gives it to the jobs."""
+        finished = [image for image in tile.images if image.step == len(image.job.plan)]
+        shown = [image for image in tile.images if image.step in image.job.show and image.step]
+        if not finished and not shown:
+            return
+        latents = torch.cat([self.latents[self._places(finished)], self.x0s[self._places(shown), 0]])
+        made = torch.cat([self.generator._decode(tile.size, part) for part in latents.split(tile.size)])
         finite = torch.isfinite(made).flatten(1).all(dim=1).tolist()
-        return to_uint8(made.nan_to_num())[:, 0].cpu(), latents.cpu(), finite
+        pictures, latents = to_uint8(made.nan_to_num())[:, 0].cpu(), latents.cpu()
+        fine = [i for i in range(len(finished)) if finite[i]]
+        for _, run in groupby(fine, key=lambda i: id(finished[i].job)):
+            rows = list(run)
+            job, places = finished[rows[0]].job, [finished[i].index for i in rows]
+            job.images[places], job.latents[places] = pictures[rows], latents[rows]
+        leg.done = [finished[i] for i in fine]
+        leg.failed = [image for image, good in zip(finished, finite, strict=False) if not good]
+        leg.shown = list(zip(shown, pictures[len(finished) :], strict=True))
 
     def _until_stop(self, image: Image) -> int:
-        """Steps until an image is finished, to be shown, or guided."""
-        stops = [*image.job.show, image.job.guided_from, len(image.job.plan)]
+        """Steps until an image is finished or to be shown."""
+        stops = [*image.job.show, len(image.job.plan)]
         return min(step for step in stops if step > image.step) - image.step
 
     def _draw(self, images: list[Image]) -> None:

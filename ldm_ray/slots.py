@@ -23,7 +23,7 @@ from ldm_ray.diffusion.samplers import Plan, plan_of
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import Generator
 from ldm_ray.slot_jobs import Job, Outcome
-from ldm_ray.slot_tiles import Board, Image, Tile, tiles_of
+from ldm_ray.slot_tiles import Board, Image, Leg, Tile, tiles_of
 
 PLANS_KEPT = 256
 RECENT_S = 5.0  # seconds of work that the rate is measured over
@@ -208,44 +208,32 @@ class Slots:
         self.board.next_deadline = min((i.job.deadline for i in self.live if i.job.deadline is not None), default=None)
         self.figures.rounds += 1
         chosen = choose(self.live, self.capacity)
-        moving = [image for image in chosen if image.step < len(image.job.plan)]
-        tiles = tiles_of(moving, self.generator.tiles.size_for)
-        limit = LEG if len(tiles) <= self.generator.tiles.threads else LEG_CROWDED
-        for tile in tiles:
-            tile.limit = limit
-        for tile, taken in zip(tiles, self.generator.tiles.map(self.board.leg, tiles), strict=True):
-            self._advanced(tile, taken)
-        self._hand_out([image for image in chosen if image.outcome is None])
+        tiles = tiles_of(chosen, self.generator.tiles.size_for, LEG)
+        if len(tiles) > self.generator.tiles.threads:
+            for tile in tiles:
+                tile.limit = min(tile.limit, LEG_CROWDED)
+        self._hand_out(tiles, self.generator.tiles.map(self.board.leg, tiles))
 
-    def _advanced(self, tile: Tile, taken: int) -> None:
-        if taken < 0:
-            self._settle(tile.images, Outcome.FAILED)
-            return
-        for image in tile.images:
-            image.step += taken
-            image.job.steps_done += taken
-        self.figures.steps += taken * len(tile.images)
-        self.figures.rows += taken * tile.size
-        work = taken * len(tile.images) * (2 if tile.guided else 1)
-        self.figures.work += work
-
-    def _hand_out(self, images: list[Image]) -> None:
-        """Decodes what is finished or to be shown."""
-        finished = [image for image in images if image.step == len(image.job.plan)]
-        shown = [image for image in images if image.step in image.job.show and image.step]
-        if not finished and not shown:
-            return
-        pictures, latents, finite = self.board.decode(finished, shown)
-        for image, picture in zip(shown, pictures[len(finished) :], strict=True):
-            if image.job.on_image is not None and not image.job.cancelled:
-                called(image.job.on_image, image.index, image.step, picture)
-        for i, image in enumerate(finished):
-            if finite[i]:
-                image.job.images[image.index] = pictures[i]
-                image.job.latents[image.index] = latents[i]
-        self.figures.images += len(finished)
-        self._settle([im for im, fine in zip(finished, finite, strict=False) if fine], Outcome.DONE)
-        self._settle([im for im, fine in zip(finished, finite, strict=False) if not fine], Outcome.FAILED)
+    def _hand_out(self, tiles: list[Tile], legs: list[Leg | None]) -> None:
+        """Counts what was done, shows and settles what came of it."""
+        done: list[Image] = []
+        failed: list[Image] = []
+        for tile, leg in zip(tiles, legs, strict=True):
+            if leg is None:
+                failed += tile.images
+                continue
+            done, failed = done + leg.done, failed + leg.failed
+            for image in tile.images:
+                image.job.steps_done += leg.taken
+            self.figures.steps += leg.taken * len(tile.images)
+            self.figures.rows += leg.taken * tile.size
+            self.figures.work += (leg.taken + leg.guided) * len(tile.images)
+            self.figures.images += len(leg.done) + len(leg.failed)
+            for image, picture in leg.shown:
+                if image.job.on_image is not None and not image.job.cancelled:
+                    called(image.job.on_image, image.index, image.step, picture)
+        self._settle(done, Outcome.DONE)
+        self._settle(failed, Outcome.FAILED)
 
     def _settle(self, images: list[Image], outcome: Outcome) -> None:
         """Gives images their outcome and takes them out."""

@@ -159,15 +159,19 @@ def test_a_running_leg_ends_at_the_step_after_a_change(generator: Generator) -> 
     board.join([image])
     from ldm_ray.slot_tiles import tiles_of
 
-    (tile,) = tiles_of([image], lambda count: 16)
-    tile.limit = 30
+    (tile,) = tiles_of([image], lambda count: 16, limit=30)
+
+    def taken() -> int:
+        leg = board.leg(tile)
+        assert leg is not None
+        return leg.taken
+
     board.changed = False
-    assert board.leg(tile) == 30
-    image.step = 30
+    assert taken() == 30 == image.step
     board.changed = True
-    assert board.leg(tile) == 1
+    assert taken() == 1
     board.changed, board.next_deadline = False, time.monotonic() - 1
-    assert board.leg(tile) == 1
+    assert taken() == 1
 
 
 def test_a_deadline_ends_its_own_job_alone(slots: Slots) -> None:
@@ -185,6 +189,16 @@ def test_numbers_that_are_not_finite_fail_one_image_alone(generator: Generator, 
     job = Waited(slots, 3, SHORT, start=start).wait()
     assert job.outcomes == [Outcome.DONE, Outcome.FAILED, Outcome.DONE]
     assert not job.images[1].any() and job.images[0].any() and job.images[2].any()
+
+
+def test_a_job_alone_goes_from_noise_to_images_in_one_round(generator: Generator, slots: Slots) -> None:
+    """Though only its last steps are guided."""
+    sampling = SamplingConfig(num_inference_steps=8, guidance_scale=2.0, guidance_start=0.7)
+    guided = sum(step.guided for step in slots.plan(sampling))
+    assert 0 < guided < 8
+    job = Waited(slots, 5, sampling).wait()
+    assert slots.figures.rounds == 1 and slots.figures.work == 5 * (8 + guided) == job.work
+    assert torch.equal(job.images, generator(range(5), range(5), sampling)[:, 0])
 
 
 def test_latents_alone_are_decoded(generator: Generator, slots: Slots) -> None:
