@@ -23,6 +23,15 @@ class Empty:
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=2048, logging_config=QUIET, ray_actor_options={"num_cpus": 0})
+class Reading:
+    """Does nothing but read the request's body, which Serve's Python proxy hands over in calls of its own."""
+
+    async def __call__(self, request: Any) -> str:
+        await request.body()
+        return "{}"
+
+
+@serve.deployment(num_replicas=1, max_ongoing_requests=2048, logging_config=QUIET, ray_actor_options={"num_cpus": 0})
 class OneByOne:
     """What a straightforward service does: a batch of its own for each request."""
 
@@ -37,6 +46,7 @@ class OneByOne:
 
 
 empty = Empty.bind()
+reading = Reading.bind()
 
 
 def one_by_one(args: dict[str, str]) -> Application:

@@ -4,9 +4,10 @@
   python benchmarks/serve.py --ckpt latest.pt --seconds 10 --rates 50 100 200
 
 One local Ray; client, proxy and replicas share the machine. Three parts: 64-image requests, saturated, against the
-generator in this process; single-image requests over 32 connections against a deployment that does nothing; and an
-open loop, where requests arrive at a fixed rate whether or not the ones before have been answered, so that a stall
-counts in every request that it holds up. Ways of a part are measured in turn; figures are medians.
+generator in this process; single-image requests over 32 connections against a deployment that does nothing, and one
+that only reads the bodies of the same requests; and an open loop, where requests arrive at a fixed rate whether or
+not the ones before have been answered, so that a stall counts in every request that it holds up. Ways of a part are
+measured in turn; figures are medians.
 RAY_SERVE_ENABLE_HA_PROXY=1 in the environment measures with HAProxy.
 """
 
@@ -121,9 +122,10 @@ def start(ckpt: Path, folder: Path) -> subprocess.Popen:
     service = {"name": "images", "route_prefix": "/", "import_path": "serve.app:deployment"}
     service["args"] = {"ckpt": str(ckpt.absolute()), "outdir": str(folder), "max_images": 65536}  # type: ignore[assignment]
     empty = {"name": "empty", "route_prefix": "/empty", "import_path": "baselines:empty"}
+    reading = {"name": "reading", "route_prefix": "/reading", "import_path": "baselines:reading"}
     each = {"name": "each", "route_prefix": "/each", "import_path": "baselines:one_by_one"}
     each["args"] = {"ckpt": str(ckpt.absolute())}  # type: ignore[assignment]
-    config = {"http_options": {"host": "127.0.0.1", "port": PORT}, "applications": [service, empty, each]}
+    config = {"http_options": {"host": "127.0.0.1", "port": PORT}, "applications": [service, empty, reading, each]}
     (folder / "config.json").write_text(json.dumps(config))
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -132,7 +134,8 @@ def start(ckpt: Path, folder: Path) -> subprocess.Popen:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     async def answers() -> bool:
-        baselines = [f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in ("empty", "each?seed=1")]
+        paths = ("empty", "reading", "each?seed=1")
+        baselines = [f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths]
         try:
             for request in (post({"prompt": "1"}), *baselines):
                 connection = Connection()
@@ -167,14 +170,19 @@ def measure(given: argparse.Namespace) -> None:
     def nothing(i: int) -> bytes:
         return b"GET /empty HTTP/1.1\r\nHost: x\r\n\r\n"
 
+    def body_alone(i: int) -> bytes:
+        return post({"seed": i, "class_label": i % 10}, "/reading")
+
     def alone(i: int) -> bytes:
         return f"GET /each?seed={i} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
-    rounds: dict[str, list[float]] = {name: [] for name in ("generator", "http64", "empty", "each", "single")}
+    names = ("generator", "http64", "empty", "reading", "each", "single")
+    rounds: dict[str, list[float]] = {name: [] for name in names}
     late: dict[str, tuple[float, float]] = {}
     for _ in range(given.repeats):
         rounds["generator"].append(in_process(generator, 64, given.seconds))
-        ways = (("http64", many, 4), ("empty", nothing, 32), ("each", alone, 32), ("single", single, 32))
+        ways = [("http64", many, 4), ("empty", nothing, 32), ("reading", body_alone, 32)]
+        ways += [("each", alone, 32), ("single", single, 32)]
         for name, request, connections in ways:
             rate, *late[name] = asyncio.run(closed_loop(request, connections, given.seconds))  # type: ignore[assignment]
             rounds[name].append(rate * (64 if name == "http64" else 1))
@@ -182,13 +190,17 @@ def measure(given: argparse.Namespace) -> None:
     shares = [a / b for a, b in zip(rounds["http64"], rounds["generator"], strict=True)]
     print(f"generator in-process, 64 at a time   {middle['generator']:8,.0f} images/s")
     print(f"HTTP, 64-image requests, 4 at a time {middle['http64']:8,.0f} images/s  {spread(shares)} × the generator")
-    shares = [a / b for a, b in zip(rounds["single"], rounds["empty"], strict=True)]
     for name, told in (
         ("empty", "empty deployment, 32 connections   "),
+        ("reading", "one that reads its requests' bodies"),
         ("each", "one request a batch, 32 connections"),
         ("single", "single images, 32 connections      "),
     ):
-        more = f"  {spread(shares)} × the empty one" if name == "single" else ""
+        more = ""
+        if name == "single":
+            for other, called in (("empty", "the empty one"), ("reading", "the reading one")):
+                shares = [a / b for a, b in zip(rounds["single"], rounds[other], strict=True)]
+                more += f"  {spread(shares)} × {called}"
         p50, p99 = late[name]
         print(f"{told}  {middle[name]:8,.0f} requests/s  p50 {p50:.0f} ms, p99 {p99:.0f} ms{more}")
     for rate in given.rates:
