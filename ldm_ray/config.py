@@ -226,6 +226,12 @@ class SamplerConfig(Config):
     guidance_start: float = option(
         0.9, "share of the steps before guidance sets in; 0 = every step is guided", low=0, below=1
     )
+    precision: str = option(
+        "fp32",
+        "of the denoiser's large matrices; bf16 makes many images faster where the processor has it, few slower, and "
+        "other bytes",
+        choices=("fp32", "bf16"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
     labels = labels_of(config, generator, info.get("only_digit"))
     latents, rows = sheet(config, generator, labels)
-    told = {"checkpoint": generator.sha256, "fingerprint": generator.fingerprint, "sheet": config.sheet}
+    told = {
+        "checkpoint": generator.sha256,
+        "fingerprint": generator.fingerprint_in(config.precision),
+        "sheet": config.sheet,
+    }
     text = {key: str(value) for key, value in (told | config.sampling.to_dict()).items() if value is not None}
     save_grid(generator.decode(latents.flatten(0, 1)), output, latents.shape[1], text | {"seeds": config.seeds})
     for number, row in enumerate(rows):

@@ -97,8 +97,10 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     from ldm_ray.dataset.request import Request
     from ldm_ray.dataset.rows import Labels, Seeds
     from ldm_ray.diffusion.samplers import plan_of, with_defaults
+    from ldm_ray.generator import check_precision
 
     plan_of(model.schedule, config.sampling, model.prediction_type)  # more steps than timesteps are refused here
+    check_precision(config.precision, model.codec)
     assert model.codec is not None
     seeds = Seeds.parse(config.seeds)
     only = model.info.get("args", {}).get("only_digit")
@@ -129,7 +131,7 @@ def generate(config: GenerateConfig, path: AnyPath) -> int:
             device, engine = join(stack, config)
         else:
             local = pick_device(config.device)
-            device, engine = local.type, fingerprint_of(local)
+            device, engine = local.type, fingerprint_of(local, config.precision)
         asked = request_of(config, model, engine)
         found = request.check(store, asked, config.resume)
         records = shards.committed(store, asked) if found else {}
@@ -173,7 +175,7 @@ def join(stack: contextlib.ExitStack, config: GenerateConfig) -> tuple[str, str]
     from ldm_ray.distributed.generate import where
 
     stack.enter_context(connected())
-    return where(config.device)
+    return where(config.device, config.precision)
 
 
 def make(

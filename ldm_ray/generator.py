@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from ldm_ray.diffusion.noise import AHEAD, ImageNoise
 from ldm_ray.diffusion.samplers import Denoise, Plan, plan_of, sample
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.models.codec import Codec
+from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.registry import REGISTRY
-from ldm_ray.models.tabled import for_sampling
+from ldm_ray.models.tabled import TabledDenoiser, for_sampling
 from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, to_path
-from ldm_ray.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles
+from ldm_ray.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles, single_threaded
 
 ENGINE = 2  # goes up with every change to what a seed's bytes are
 DEFAULT = SamplingConfig()
@@ -57,9 +57,9 @@ class Generator:
         self.class_names = numbered(denoiser.num_classes)
         self.sha256 = ""
         sizes = (PIXEL_SIZES, PIXEL_WHOLE) if isinstance(denoiser, UNet) else (SIZES, WHOLE)
-        self.tiles = Tiles(self._all_matrix_work, codec.latent_dim, self.device, *sizes)
-        fastest = partial(for_sampling, denoiser.to(self.device).eval())
-        self.denoiser: Denoise = self.tiles.map(fastest, [schedule.num_train_timesteps])[0]
+        with single_threaded():
+            self.denoiser: Denoise = for_sampling(denoiser.to(self.device).eval(), schedule.num_train_timesteps)
+        self.tiles = Tiles(partial(self._all_matrix_work, self.denoiser), codec.latent_dim, self.device, *sizes)
 
     @classmethod
     def open(
@@ -84,8 +84,11 @@ class Generator:
 
     @property
     def fingerprint(self) -> str:
-        """``fingerprint_of`` its device."""
-        return fingerprint_of(self.device)
+        """``fingerprint_of`` its device, in fp32."""
+        return self.fingerprint_in("fp32")
+
+    def fingerprint_in(self, precision: str) -> str:
+        return fingerprint_of(self.device, precision)
 
     def __call__(
         self,
@@ -155,15 +158,16 @@ class Generator:
             raise ConfigError(f"a seed is 0 to {MAX_SEED}")
         wanted = self.labels_of(labels)
         plan = plan_of(self.schedule, sampling, self.prediction_type)
-        size = self.tiles.size_for(len(seeds))
-
+        denoiser, tiles = self._in_bf16 if sampling.precision == "bf16" else (self.denoiser, self.tiles)
+        denoisers = denoiser, guided(denoiser, sampling.guidance_scale, self.null_label)
+        size = tiles.size_for(len(seeds))
         drawn = torch.tensor(seeds, dtype=torch.int64, device=self.device)
 
         def work(first: int) -> tuple[Tensor, Tensor]:
             tile = drawn[first : first + size], wanted[first : first + size]
-            return self._tile(size, first, *tile, plan, sampling.guidance_scale, watch, decode)
+            return self._tile(size, first, *tile, plan, denoisers, watch, decode)
 
-        return self.tiles.map(work, range(0, len(seeds), size))
+        return tiles.map(work, range(0, len(seeds), size))
 
     @torch.inference_mode()
     def _tile(
@@ -173,17 +177,17 @@ class Generator:
         seeds: Tensor,
         labels: Tensor,
         plan: Plan,
-        guidance_scale: float,
+        denoisers: tuple[Denoise, Denoise],
         watch: Watch | None,
         decode: bool,
     ) -> tuple[Tensor, Tensor]:
         """(images (n, 1, H, W) uint8, or latents (n, D); finite (n,)) of the n ≤ size images from ``first``, of
-        these seeds, labels (n,)."""
+        these seeds, labels (n,), by a denoiser and its guided form."""
         count = len(seeds)
         ahead = min(AHEAD, len(plan)) if any(step.sigma for step in plan) else 1
         noise = ImageNoise(filled(seeds, size), self.codec.latent_dim, ahead)
-        denoise_guided = guided(self.denoiser, guidance_scale, self.null_label)
-        steps = sample(self.denoiser, plan, noise(0), filled(labels, size), noise, denoise_guided)
+        denoise, denoise_guided = denoisers
+        steps = sample(denoise, plan, noise(0), filled(labels, size), noise, denoise_guided)
         for step, state in enumerate(steps):
             if watch is not None and watch(first, step, state[1][:count]) is False:
                 raise Cancelled
@@ -196,19 +200,47 @@ class Generator:
     def _decode(self, size: int, latents: Tensor) -> Tensor:
         return self.codec.decode(filled(latents, size))[: len(latents)]
 
-    def _all_matrix_work(self, latents: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
-        both = guided(self.denoiser, 2.0, self.null_label)(latents, t, labels)
-        return [self.denoiser(latents, t, labels), both, self.codec.decode(latents)]
+    @cached_property
+    def _in_bf16(self) -> tuple[Denoise, Tiles]:
+        """The denoiser with bf16 matrices, and tiles checked for its bits."""
+        check_precision("bf16", self.codec)
+        assert isinstance(self.denoiser, TabledDenoiser)
+        denoiser = self.denoiser.in_bf16()
+        return denoiser, Tiles(partial(self._all_matrix_work, denoiser), self.codec.latent_dim, self.device)
+
+    def _all_matrix_work(self, denoiser: Denoise, latents: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
+        both = guided(denoiser, 2.0, self.null_label)(latents, t, labels)
+        return [denoiser(latents, t, labels), both, self.codec.decode(latents)]
 
 
-def fingerprint_of(device: torch.device) -> str:
+def fingerprint_of(device: torch.device, precision: str = "fp32") -> str:
     """12 hexadecimal digits of what, beside checkpoint, seed, label and settings, an image's bytes follow from: this
     engine, the version of PyTorch and the kind of device."""
     kind = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)
+    elif precision == "bf16":
+        kind += bf16_bits()
     told = {"engine": ENGINE, "torch": str(torch.__version__), "device": device.type, "kind": kind}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_precision(precision: str, codec: Codec | None) -> None:
+    """ConfigError where a model of this codec does not sample in this precision."""
+    if precision != "fp32" and isinstance(codec, PixelCodec):
+        raise ConfigError(
+            f"--precision {precision} is for models of latents; the U-Net of a pixel model samples in fp32"
+        )
+
+
+@lru_cache(maxsize=1)
+def bf16_bits() -> str:
+    """Hexadecimal digits of a bf16 product on this processor: capabilities of one name have bf16 or have it not."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(count, 256, generator=random).bfloat16() for count in (64, 256))
+    with single_threaded(), torch.inference_mode():
+        made = torch.nn.functional.linear(x, weight)
+    return hashlib.sha256(made.view(torch.int16).numpy().tobytes()).hexdigest()
 
 
 def load(

@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = [config.seed + i for i in range(config.num_images)]
     labels = [i % generator.num_classes if digit is None else digit for i in range(config.num_images)]
     images = generator(seeds, labels, config.sampling)
-    told = {"checkpoint": generator.sha256, "fingerprint": generator.fingerprint, "seed": config.seed}
+    told = {
+        "checkpoint": generator.sha256,
+        "fingerprint": generator.fingerprint_in(config.precision),
+        "seed": config.seed,
+    }
     text = {key: str(value) for key, value in (told | config.sampling.to_dict()).items() if value is not None}
     save_grid(images, output, text=text)
     print(f"{config.num_images} images from {ckpt} in {output}")

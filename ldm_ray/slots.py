@@ -92,6 +92,8 @@ class Slots:
         if job.sampling is None and job.start is None:
             raise ConfigError("a job without settings only decodes: it needs its latents")
         if job.sampling is not None:
+            if job.sampling.precision != "fp32":
+                raise ConfigError("images of many requests are made in fp32: the precision is one for all of them")
             job.plan_id, job.plan = self._plan(job.sampling)
             job.noisy = any(step.sigma for step in job.plan)
             guided = [i for i, step in enumerate(job.plan) if step.guided and job.scale != 1]

@@ -44,7 +44,7 @@ def maker_of(ckpt: Path, out: object, **given: object) -> ShardMaker:
     """What a worker makes shards with, in this process; the manifest is written."""
     config = GenerateConfig(**flags_of(ckpt, out, **given))  # type: ignore[arg-type]
     model, store = load(ckpt), Store(config.outdir)
-    request = generate.request_of(config, model, fingerprint_of(torch.device("cpu")))
+    request = generate.request_of(config, model, fingerprint_of(torch.device("cpu"), config.precision))
     write_manifest(store, request.manifest(str(ckpt), None, "cpu"))
     return Job(model, request, store, config.batch_size).maker("cpu")
 
@@ -198,6 +198,13 @@ def test_a_folder_in_use_is_refused(ckpt: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds other files \(thesis.tex\)"):
         command(ckpt, tmp_path)
+
+
+def test_bf16_is_part_of_the_request(ckpt: Path, parquet: Path, tmp_path: Path) -> None:
+    out = fill(ckpt, tmp_path / "half", precision="bf16")
+    assert generate.main(["verify", str(out), "--sample", "10"]) == 0
+    with pytest.raises(ConfigError, match=r"precision fp32 there, bf16 asked for.*engine"):
+        command(ckpt, parquet, precision="bf16")
 
 
 def test_a_shard_counts_only_with_all_of_its_bytes(ckpt: Path, parquet: Path, tmp_path: Path) -> None:

@@ -76,6 +76,21 @@ def test_without_torchscript_the_bits_are_the_same(monkeypatch: pytest.MonkeyPat
             assert torch.equal(graph(xt, timesteps, labels), plain(xt, timesteps, labels))
 
 
+def test_bf16_is_near_fp32_and_leaves_it_alone() -> None:
+    denoiser, random_ = busy_denoiser(), torch.Generator().manual_seed(2)
+    tabled = TabledDenoiser(denoiser, 1000)
+    half = tabled.in_bf16()
+    xt = torch.randn(256, 16, generator=random_) * 3
+    t, labels = torch.randint(0, 1000, (256,), generator=random_), torch.arange(256) % 11
+    with torch.no_grad():
+        wanted = denoiser(xt, t, labels)
+    for timesteps in (t, t[:1].expand(256)):
+        exact, near = tabled(xt, timesteps, labels), half(xt, timesteps, labels)
+        assert near.dtype == torch.float32 and 0 < (near - exact).norm() / exact.norm() < 0.01
+        assert torch.equal(half(xt, t[:1].expand(256), labels), half(xt, t[:1].repeat(256), labels))
+    torch.testing.assert_close(tabled(xt, t, labels), wanted, rtol=0, atol=1e-5)
+
+
 def test_a_graph_of_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.jit, "trace", lambda function, *_, **__: lambda *given: function(*given) * (1 + 1e-6))
     monkeypatch.setattr(tabled, "graphs", {})
@@ -132,7 +147,10 @@ def digest(image: torch.Tensor) -> str:
     return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("sampling", WAYS, ids=lambda s: f"{s.sampler}-{s.guidance_scale:g}")
+BF16 = SamplingConfig(precision="bf16")
+
+
+@pytest.mark.parametrize("sampling", [*WAYS, BF16], ids=lambda s: f"{s.sampler}-{s.guidance_scale:g}-{s.precision}")
 def test_an_image_has_the_same_bytes_in_any_company(generator: Generator, sampling: SamplingConfig) -> None:
     rng = random.Random(1)
     wishes = [(rng.randrange(2**32), rng.choice([None, *range(10)])) for _ in range(600)]
@@ -147,13 +165,16 @@ def test_an_image_has_the_same_bytes_in_any_company(generator: Generator, sampli
 
 def test_bytes_do_not_depend_on_the_number_of_threads(generator: Generator) -> None:
     seeds, labels = list(range(70)), [i % 10 for i in range(70)]
-    wanted = generator(seeds, labels)
+    wanted, in_bf16 = generator(seeds, labels), generator(seeds, labels, BF16)
+    assert not torch.equal(generator.latents(seeds, labels), generator.latents(seeds, labels, BF16))
+    assert generator.fingerprint != generator.fingerprint_in("bf16")
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             again = Generator(busy_denoiser(), generator.codec, SCHEDULE)
             assert again.tiles.threads == threads and torch.equal(again(seeds, labels), wanted)
+            assert torch.equal(again(seeds, labels, BF16), in_bf16)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

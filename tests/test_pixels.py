@@ -15,7 +15,7 @@ from PIL import Image
 from test_pipeline import command, finish, only, same_weights
 from test_slots import Waited
 
-from ldm_ray import checkpoint, compare, infer
+from ldm_ray import checkpoint, compare, generate, infer
 from ldm_ray.config import SamplingConfig, TrainConfig
 from ldm_ray.data.images import to_float, to_uint8
 from ldm_ray.diffusion.schedule import NoiseSchedule
@@ -106,6 +106,17 @@ def test_the_denoising_is_shown_whole_where_several_tiles_make_it(
     wanted = Generator.open(ckpt)[0](range(42, 50), range(8), FEW)[:, 0].numpy()
     for i, image in enumerate(wanted):  # the last x0 is the image
         np.testing.assert_array_equal(strip[2 + 30 * i : 30 + 30 * i, 62:90], image)
+
+
+def test_a_unet_samples_in_fp32_alone(ckpt: Path, generator: Generator, tmp_path: Path) -> None:
+    said = "--precision bf16 is for models of latents"
+    with pytest.raises(ConfigError, match=said):
+        generator([1], [1], SamplingConfig(precision="bf16"))
+    out = tmp_path / "set"
+    flags = ["--ckpt", str(ckpt), "--outdir", str(out), "--seeds", "0-9", "--precision", "bf16", "--device", "cpu"]
+    with pytest.raises(ConfigError, match=said):
+        generate.main(flags)
+    assert not out.exists()
 
 
 # --- checkpoints and settings ---

@@ -249,6 +249,8 @@ def test_jobs_that_cannot_be_are_refused(slots: Slots) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             slots.submit(Job(seeds=seeds, labels=labels, sampling=SHORT))
+    with pytest.raises(ConfigError, match="made in fp32"):
+        slots.submit(Job(seeds=[1], labels=[1], sampling=SamplingConfig(precision="bf16")))
     with pytest.raises(ConfigError, match="timesteps"):
         slots.submit(Job(seeds=[1], labels=[1], sampling=SamplingConfig(num_inference_steps=1001)))
     with pytest.raises(ConfigError, match="finite"):

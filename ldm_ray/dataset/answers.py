@@ -71,7 +71,8 @@ def answer_file(source: Path, output: Path, model: DiffusionCheckpoint, config: 
             answer(batch, generator)
             for wish in batch:
                 if wish.error is None:
-                    body = {"data": wish.data, "checkpoint": generator.sha256, "fingerprint": generator.fingerprint}
+                    fingerprint = generator.fingerprint_in(wish.sampling.precision)
+                    body = {"data": wish.data, "checkpoint": generator.sha256, "fingerprint": fingerprint}
                     write(good, wish, {"status_code": 200, "body": body}, None)
                     answered, images = answered + 1, images + len(wish.seeds)
                 else:

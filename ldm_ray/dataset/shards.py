@@ -44,10 +44,11 @@ class ShardMaker:
 
     def __init__(self, generator: Generator, request: Request, store: Store, batch_size: int | None = None) -> None:
         """ConfigError when this machine's generator would not give the bytes that the request fixes."""
-        if generator.fingerprint != request.engine:
+        engine = generator.fingerprint_in(request.sampling.precision)
+        if engine != request.engine:
             raise ConfigError(
                 f"this worker's device or PyTorch ({generator.device.type}, torch {torch.__version__}, fingerprint "
-                f"{generator.fingerprint}) makes other bytes than the dataset's ({request.engine}): use one kind"
+                f"{engine}) makes other bytes than the dataset's ({request.engine}): use one kind"
             )
         self.generator, self.request, self.store = generator, request, store
         self.batch_size = batch_size or BATCH[generator.device.type]

@@ -71,7 +71,7 @@ def pick(request: Request, config: VerifyConfig) -> dict[int, list[int]]:
 def open_generator(request: Request, manifest: Mapping[str, Any], config: VerifyConfig) -> Generator:
     """The dataset's generator. ConfigError when checkpoint or device is not the one that it was made with."""
     device = pick_device(config.device or manifest.get("device"))
-    if fingerprint_of(device) != request.engine:
+    if fingerprint_of(device, request.sampling.precision) != request.engine:
         raise ConfigError(
             f"images made by this device ({device.type}) and PyTorch may differ in their last bits from those "
             f"there ({manifest.get('device')}, torch {manifest['versions'].get('torch')}): see --sample 0, hashes alone"

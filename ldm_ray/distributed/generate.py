@@ -43,15 +43,15 @@ def pool_size(given: int | None, shards: int, device: str) -> int:
     return max(1, min(given or there, there, shards))
 
 
-def where(device: str | None) -> tuple[str, str]:
+def where(device: str | None, precision: str) -> tuple[str, str]:
     """(device, the generator's fingerprint on it) of the cluster's workers; the command's own node may have no GPU."""
     if not use_gpu(device):
         kind = "mps" if device == "mps" else "cpu"
-        return kind, fingerprint_of(torch.device(kind))
+        return kind, fingerprint_of(torch.device(kind), precision)
 
     @ray.remote(num_gpus=1, num_cpus=0)
     def ask() -> str:
-        return fingerprint_of(torch.device("cuda"))
+        return fingerprint_of(torch.device("cuda"), precision)
 
     return "cuda", ray.get(ask.remote())
 

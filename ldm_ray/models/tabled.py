@@ -9,6 +9,7 @@ Shapes: B batch, D latent, H hidden, L layers, T timesteps, C classes.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ from ldm_ray.models.denoiser import Denoiser, FiLMLayer
 TRACED_WITH = 4  # rows
 # weight and bias in turn: of a LayerNorm without effect, in_proj, out_norm, out_proj, then each layer's linear map
 Weights = tuple[Tensor, ...]
+AROUND = 8  # tensors before those of the layers
 graphs: dict[Any, Any] = {}
 log = logging.getLogger(__name__)
 
@@ -55,9 +57,21 @@ class TabledDenoiser:
         self.by_label = F.pad(torch.stack(by_label), (0, 0, 0, 1))  # (L, C + 1, 2H): the null label adds nothing
         unscaled = torch.ones_like(denoiser.out_norm.weight), torch.zeros_like(denoiser.out_norm.bias)
         parts = denoiser.in_proj, denoiser.out_norm, denoiser.out_proj, *(layer.fc for layer in layers)
-        self.weights = *unscaled, *(weight.detach() for part in parts for weight in (part.weight, part.bias))
-        self.one_timestep = in_one_call(one_timestep, self.by_time, self.by_label, self.weights)
-        self.several_timesteps = in_one_call(several_timesteps, self.by_time, self.by_label, self.weights)
+        self._set(*unscaled, *(weight.detach() for part in parts for weight in (part.weight, part.bias)))
+
+    def _set(self, *weights: Tensor) -> None:
+        self.weights = weights
+        self.one_timestep = in_one_call(one_timestep, self.by_time, self.by_label, weights)
+        self.several_timesteps = in_one_call(several_timesteps, self.by_time, self.by_label, weights)
+
+    @torch.inference_mode()
+    def in_bf16(self) -> TabledDenoiser:
+        """The same with the layers' H × H matrices, and what they are multiplied with, in bfloat16; all else as it was.
+
+        Sums inside a product are float32. Tables are shared."""
+        made = copy.copy(self)
+        made._set(*self.weights[:AROUND], *(weight.bfloat16() for weight in self.weights[AROUND:]))
+        return made
 
     @torch.inference_mode()
     def __call__(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -87,11 +101,18 @@ def run_layers(xt: Tensor, films: Iterable[Tensor], weights: Weights) -> Tensor:
     for i, (film, linear) in enumerate(zip(films, linears, strict=True)):
         scale, shift = film.chunk(2, dim=1)
         normed = torch.layer_norm(x, shape, *unscaled)  # faster with weights than without
-        x = F.linear(F.silu(torch.addcmul(shift, scale, normed), inplace=True), *linear)
+        x = product(F.silu(torch.addcmul(shift, scale, normed), inplace=True), *linear)
         if i % 2:
             h = x = h + x
     normed = torch.layer_norm(h, shape, *out_norm)
     return F.linear(F.silu(normed, inplace=True), *out_proj)  # (B, D)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x·weightᵀ + bias in the weight's precision, returned in x's."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def in_one_call(function: Callable[..., Tensor], by_time: Tensor, by_label: Tensor, weights: Weights) -> Any:
@@ -100,11 +121,11 @@ def in_one_call(function: Callable[..., Tensor], by_time: Tensor, by_label: Tens
     time. The function itself on other devices, and where PyTorch cannot (TorchScript is deprecated there) or
     makes other bits.
 
-    PyTorch never lets go of a graph, so it holds no weights and is made once for all networks of a shape.
+    PyTorch never lets go of a graph, so it holds no weights and is made once for all networks of a shape and precision.
     """
     if by_time.device.type != "cpu":
         return function
-    key = function, *(tensor.shape for tensor in (by_time, by_label, *weights))
+    key = function, weights[-1].dtype, *(tensor.shape for tensor in (by_time, by_label, *weights))
     if key not in graphs:
         graphs[key] = traced(function, by_time, by_label, weights)
     return graphs[key]
