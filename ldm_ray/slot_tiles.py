@@ -176,8 +176,8 @@ class Board:
         fine = [i for i in range(len(finished)) if finite[i]]
         for _, run in groupby(fine, key=lambda i: id(finished[i].job)):
             rows = list(run)
-            job, places = finished[rows[0]].job, [finished[i].index for i in rows]
-            job.images[places], job.latents[places] = pictures[rows], latents[rows]
+            job, there = finished[rows[0]].job, [finished[i].index for i in rows]
+            job.images[there], job.latents[there] = pictures[rows], latents[rows]
         leg.done = [finished[i] for i in fine]
         leg.failed = [image for image, good in zip(finished, finite, strict=False) if not good]
         leg.shown = list(zip(shown, pictures[len(finished) :], strict=True))
