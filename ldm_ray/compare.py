@@ -82,10 +82,11 @@ def newest(base: AnyPath) -> list[AnyPath]:
 def load_checked(path: AnyPath, base: AnyPath, config: CompareConfig) -> Any:
     """A checkpoint that can be measured. CheckpointError when it cannot."""
     from ldm_ray.diffusion.samplers import plan_of
-    from ldm_ray.generator import load
+    from ldm_ray.generator import check_precision, load
 
     found = load(path, search=[path.parent, base])
     plan_of(found.schedule, config.sampling, found.prediction_type)  # more steps than timesteps are refused here
+    check_precision(config.precision, found.codec)
     if not found.info.get("config"):
         raise CheckpointError(f"{path} does not say how it was trained; compare takes checkpoints of this version")
     return found

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ldm_ray.checkpoint import versions
     from ldm_ray.data.images import encode_png
     from ldm_ray.devices import pick_device
-    from ldm_ray.generator import Generator
+    from ldm_ray.generator import Generator, check_precision
     from ldm_ray.metrics.evaluation import evaluate, write_json
     from ldm_ray.metrics.lenet import SHA256
     from ldm_ray.metrics.report import table
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"no checkpoint under {base}: name one by --ckpt, or make one with python -m ldm_ray.train")
     ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
     generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
+    check_precision(config.precision, generator.codec)
     for folder in (base, output):
         runs.check_writable(folder)
     found, picture = evaluate(config, generator, info.get("only_digit"))

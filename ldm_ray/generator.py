@@ -88,6 +88,7 @@ class Generator:
         return self.fingerprint_in("fp32")
 
     def fingerprint_in(self, precision: str) -> str:
+        """``fingerprint_of`` its device, in this precision."""
         return fingerprint_of(self.device, precision)
 
     def __call__(

@@ -15,7 +15,7 @@ from PIL import Image
 from test_pipeline import command, finish, only, same_weights
 from test_slots import Waited
 
-from ldm_ray import checkpoint, compare, generate, infer
+from ldm_ray import checkpoint, compare, evaluate, generate, infer
 from ldm_ray.config import SamplingConfig, TrainConfig
 from ldm_ray.data.images import to_float, to_uint8
 from ldm_ray.diffusion.schedule import NoiseSchedule
@@ -117,6 +117,9 @@ def test_a_unet_samples_in_fp32_alone(ckpt: Path, generator: Generator, tmp_path
     with pytest.raises(ConfigError, match=said):
         generate.main(flags)
     assert not out.exists()
+    for refused in (compare.main, evaluate.main):
+        with pytest.raises(ConfigError, match=said):  # before any data is read: there is none of that name
+            refused(["--ckpt", str(ckpt), "--precision", "bf16", "--dataset", str(tmp_path), "--device", "cpu"])
 
 
 # --- checkpoints and settings ---
