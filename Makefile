@@ -5,16 +5,18 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 UV     ?= $(if $(wildcard $(VENV)/bin/uv),$(VENV)/bin/uv,uv)
 ARGS   ?=
+# Processes that run system tests side by side; most of them wait for Ray more than they compute.
+WORKERS ?= 3
 
 NEED_310 := import sys; sys.exit(sys.version_info < (3, 10))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format lock clean
+.PHONY: help setup train check test lint types unit format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  ARGS='...' goes to train, test (pytest) and lock; PYTHON=... picks the interpreter for setup."
+	@echo "  ARGS='...' goes to train, to check and test (pytest), and to lock; PYTHON=... picks setup's interpreter."
 
 setup: $(STAMP) ## create .venv and install the locked packages and the project
 
@@ -32,13 +34,22 @@ $(STAMP): requirements.txt pyproject.toml
 train: setup ## train: make train ARGS='--help'
 	$(PY) -m ldm_ray.train $(ARGS)
 
-test: lint ## lint, then pytest: make test ARGS='-k name'
-	$(PY) -m pytest $(ARGS)
+check: setup ## lint, types and the tests that start no Ray, server or browser: the loop while working
+	@$(MAKE) --no-print-directory -j 2 lint types unit
 
-lint: setup ## ruff, the format check and mypy
+test: setup ## lint, types and all tests: make test ARGS='-k name'
+	@$(MAKE) --no-print-directory lint types
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: setup ## ruff and the format check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy ldm_ray
+
+types: setup ## mypy
+	$(PY) -m mypy
+
+unit: setup
+	$(PY) -m pytest -n 2 tests/unit $(ARGS)
 
 format: setup ## fix what ruff can and format the code
 	$(PY) -m ruff check --fix .

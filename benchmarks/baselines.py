@@ -45,9 +45,9 @@ class OneByOne:
         return {"data": [{"b64_json": base64.b64encode(encode_png(image.numpy())).decode(), "seed": seed}]}
 
 
-empty = Empty.bind()
-reading = Reading.bind()
+empty = Empty.bind()  # type: ignore[attr-defined]
+reading = Reading.bind()  # type: ignore[attr-defined]
 
 
 def one_by_one(args: dict[str, str]) -> Application:
-    return OneByOne.bind(args["ckpt"])
+    return OneByOne.bind(args["ckpt"])  # type: ignore[attr-defined]

@@ -133,7 +133,7 @@ def encoder(args: argparse.Namespace, folder: Path) -> None:
 
         return encode
 
-    ways = {"ours: stored": encode_pngs}
+    ways: dict[str, Callable[[np.ndarray], list[bytes]]] = {"ours: stored": encode_pngs}
     ways |= {f"Pillow, level {level}": pillow(level) for level in (0, 1, 6, 9)}
     for filter, name in enumerate(("no filter", "from the left", "from above")):
         ways |= {f"zlib level {level}, {name}": by_zlib(level, filter) for level in (1, 6, 9)}

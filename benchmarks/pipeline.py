@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from operator import truediv
@@ -43,6 +43,7 @@ from ldm_ray.diffusion.objective import denoising_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.paths import AnyPath
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 
@@ -108,7 +109,11 @@ def loop(bench: Bench) -> None:
     from ldm_ray.distributed.cluster import connected, resources, use_gpu
     from ldm_ray.distributed.encode import encode as encoded
 
-    where = {"dataset": bench.dataset, "ae_ckpt": str(bench.ae_ckpt), "outdir": str(bench.scratch / "loop")}
+    where: dict[str, Any] = {
+        "dataset": bench.dataset,
+        "ae_ckpt": str(bench.ae_ckpt),
+        "outdir": str(bench.scratch / "loop"),
+    }
     found = load_autoencoder(bench.ae_ckpt)
     with connected():
         device = "cuda" if use_gpu(None) else "cpu"
@@ -118,7 +123,8 @@ def loop(bench: Bench) -> None:
         for amp in (False, True):
             config = TrainConfig(**where, cache_dir=str(bench.scratch), epochs=bench.epochs + 1, amp=amp)
             rows = examples.take(split(examples, config.val_fraction)[0])
-            data, labels, metrics = codec.whiten(rows.vectors).to(device), rows.labels.to(device), []
+            data, labels = codec.whiten(rows.vectors).to(device), rows.labels.to(device)
+            metrics: list[list[dict[str, Any]]] = []
             bare = partial(lambda *given: len(given[0]) / timed(bare_epoch(*given), bench.epochs), data, labels, config)
             rates = in_turn({"bare": bare, "ray train": partial(through_ray, config, metrics)}, bench.repeats)
             rates["with validation, saving"] = [len(rows) / epoch_seconds(lines) for lines in metrics]
@@ -214,7 +220,7 @@ def autoencoder(bench: Bench) -> None:
         return len(batches) * fitter.batch / seconds
 
     for model in registry.REGISTRY:
-        ways = {"fp32": lambda model=model: rate(model, False), "amp": lambda model=model: rate(model, True)}
+        ways = {"fp32": partial(rate, model, False), "amp": partial(rate, model, True)}
         show(f"autoencoder {model}", in_turn(ways, bench.repeats), "images/s")
 
 
@@ -245,7 +251,7 @@ def timed(work: Callable[[], object], times: int, warm: int = 1) -> float:
     return statistics.median(after - before for before, after in itertools.pairwise(moments[warm:]))
 
 
-def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def in_turn(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Each way's figures; one round measures every way once, so that slow moments hit all alike."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
@@ -266,7 +272,7 @@ def show(title: str, figures: dict[str, list[float]], unit: str) -> None:
         print(line, flush=True)
 
 
-def jsonl(file: Path) -> list[dict[str, Any]]:
+def jsonl(file: AnyPath) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 

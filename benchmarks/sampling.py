@@ -29,6 +29,7 @@ from ldm_ray.devices import pick_device
 from ldm_ray.diffusion.samplers import ddpm, denoiser_rows, dpmpp_2m, plan_of, sample
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
 from ldm_ray.generator import Generator
+from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.tabled import TabledDenoiser
 
 MATRIX_FLOP = 1.065e6  # per image and step with conditioning from tables, hidden width 256; 3.36e6 without
@@ -41,6 +42,7 @@ class Ways:
         self.device, self.timed = pick_device(None), timed
         loaded = load_diffusion(ckpt, ae_ckpt)
         assert loaded.autoencoder is not None
+        assert isinstance(loaded.denoiser, Denoiser)
         self.denoiser, self.schedule = loaded.denoiser.to(self.device), loaded.schedule
         self.codec = loaded.autoencoder.codec.to(self.device)
         self.generator, _ = Generator.open(ckpt, self.device, ae_ckpt)
@@ -71,7 +73,7 @@ class Ways:
 
         given = {"beta_start": self.schedule.beta_start, "beta_end": self.schedule.beta_end}
         total = self.schedule.num_train_timesteps
-        scheduler = DDPMScheduler(num_train_timesteps=total, clip_sample=False, **given)
+        scheduler: Any = DDPMScheduler(num_train_timesteps=total, clip_sample=False, **given)
         scheduler.set_timesteps(self.timed)
 
         def run() -> None:

@@ -37,7 +37,9 @@ from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_ray.metrics.latent_frechet import ClassFrechet
 from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.models import registry
+from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.training import trial
+from ldm_ray.training.tasks import DenoiserTask
 
 SEARCH = Path(__file__).resolve().parents[1] / "tune" / "search.py"
 SCHEDULES: list[dict[str, Any]] = [
@@ -158,12 +160,14 @@ def rank_one(job: tuple[Bench, dict[str, Any], str]) -> dict[str, Any]:
             super().__init__(*args)
             kept.append(self)
 
-    trial.Score = Kept  # type: ignore[misc]
+    trial.Score = Kept  # type: ignore[misc,assignment]
     curve = list(trial.run(config, data, torch.device("cpu"), 1000, 40, lambda: False))
     early = max(1, bench.epochs // 3)
     metric, score = ClassFrechet(data.train, data.train_labels), kept[0]
     labels, fitter = metric.balanced_labels(2000), score.fitter
-    generator = Generator(fitter.averaged, codec, fitter.task.schedule)
+    task, averaged = fitter.task, fitter.averaged
+    assert isinstance(task, DenoiserTask) and isinstance(averaged, ConditionedDenoiser)
+    generator = Generator(averaged, codec, task.schedule)
     sampling = SamplingConfig(sampler="ddpm", num_inference_steps=250, guidance_scale=1.0)
     made = generator.latents(range(2000), labels.tolist(), sampling)
     images = codec.decode(made)
@@ -181,7 +185,7 @@ def lenet(images: torch.Tensor, dataset: str) -> dict[str, float]:
 
 def spearman(rows: list[dict[str, Any]], one: str, other: str) -> float:
     ranks = [np.argsort(np.argsort([row[key] for row in rows])) for key in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def trial_data(folder: Path, ae_ckpt: Path, config: TrainConfig) -> tuple[trial.TrialData, Any]:

@@ -72,6 +72,14 @@ class RemotePath:
         return self.parts[-1] if self.parts else self.store.root.rpartition("/")[2]
 
     @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    @property
     def parent(self) -> RemotePath:
         if self.parts:
             return RemotePath(self.uri, self.store, self.parts[:-1])

@@ -72,7 +72,7 @@ def deployment(args: Settings) -> Application:
     scaling: dict[str, Any] = {"num_replicas": low}
     if high > low:
         scaling = {"autoscaling_config": {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": 16}}
-    return Images.options(
+    return Images.options(  # type: ignore[attr-defined]  # what @serve.deployment makes of the class
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpu else 0},
         max_ongoing_requests=MAX_ONGOING,
         graceful_shutdown_timeout_s=settings.drain_s + 5,

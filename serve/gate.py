@@ -6,6 +6,7 @@ import hmac
 import json
 import logging
 import time
+from collections.abc import MutableMapping
 from typing import Any
 
 from serve.errors import ApiError, internal
@@ -33,7 +34,7 @@ class Gate:
         scope.setdefault("state", {})
         started, status = time.perf_counter(), 499  # the client went away
 
-        async def answer(message: dict[str, Any]) -> None:
+        async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

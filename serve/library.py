@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 from ldm_ray import checkpoint, runs
@@ -51,7 +52,7 @@ class Served:
                     seeds=range(count),
                     labels=[label] * count,
                     sampling=SamplingConfig(guidance_scale=scale),
-                    on_done=lambda _, done=done: done.set(),
+                    on_done=partial(settled, done),
                 )
                 self.slots.submit(job)
                 done.wait()
@@ -100,6 +101,10 @@ class Served:
             "device": self.generator.device.type,
             "quality": self.quality,
         }
+
+
+def settled(done: threading.Event, _: Job) -> None:
+    done.set()
 
 
 class Library:

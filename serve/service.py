@@ -34,6 +34,12 @@ REASONS = {
 }
 
 
+def resolve(finished: asyncio.Future[None]) -> None:
+    """Wakes who waits, if anybody still does."""
+    if not finished.done():
+        finished.set_result(None)
+
+
 @dataclass(frozen=True)
 class Order:
     """What is to be made, by which model."""
@@ -169,7 +175,7 @@ class Service:
         finished: asyncio.Future[None] = loop.create_future()
 
         def done(_: Job) -> None:
-            loop.call_soon_threadsafe(lambda: finished.done() or finished.set_result(None))
+            loop.call_soon_threadsafe(resolve, finished)
 
         def shown(i: int, step: int, picture: torch.Tensor) -> None:
             if on_image is not None:

@@ -41,12 +41,12 @@ async def events(
     try:
         while (shown := await queue.get()) is not None:
             i, step, pixels = shown
-            told = {"index": i, "partial_image_index": show.index(step), "step": step, "steps": order.steps}
-            told["b64_json"] = base64.b64encode(encode_png(enlarged(pixels, scale))).decode()
-            yield event("image_generation.partial_image", common | told)
+            png = base64.b64encode(encode_png(enlarged(pixels, scale))).decode()
+            where = {"index": i, "partial_image_index": show.index(step), "step": step, "steps": order.steps}
+            yield event("image_generation.partial_image", common | where | {"b64_json": png})
         job: Job = await task
-        usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
-        usage |= {"input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}  # type: ignore[dict-item]
+        usage: dict[str, Any] = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
+        usage |= {"input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
         for i, item in enumerate(items(service.made(order, job), scale)):
             if "error" in item:
                 yield event("image_generation.failed", {"index": i, **item})

@@ -181,7 +181,7 @@ def parse_values(name: str, text: str) -> Values:
     if ":" not in text:
         choices = tuple(dict.fromkeys(value_of(part) for part in text.split(",")))
         ordered = (0, 0) if kind is str else (min(choices), max(choices))
-        return Values(*ordered, choices=choices)
+        return Values(ordered[0], ordered[1], choices=choices)
     parts = text.split(":")
     if kind is str or len(parts) != 2 or "," in text:
         raise ConfigError(f"{flag} is {'a list' if kind is str else 'LOW:HIGH or a list'} with commas, not {text!r}")

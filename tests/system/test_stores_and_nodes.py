@@ -1,0 +1,58 @@
+"""Training on two nodes into an object store, with a loss of the whole cluster on the way."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import torch
+
+from ldm_ray import checkpoint
+from ldm_ray.paths import AnyPath, to_path
+from tests.helpers.clusters import lose_all, two_nodes
+from tests.helpers.commands import finish, run, start, wait_for
+from tests.helpers.runs import SMALL, epochs
+
+
+def recorded(out: AnyPath) -> list[int]:
+    return [line["epoch"] for line in epochs(out)]
+
+
+def test_training_on_two_nodes_into_s3_and_on_a_disk_gives_the_same_weights(
+    bucket: str, digits_folder: Path, ae_file: Path, tmp_path: Path
+) -> None:
+    """On the way the whole cluster is lost, head and all; another one goes on from the store alone, with a stop."""
+    root = to_path(bucket) / "runs"
+    kept = root / "autoencoder.pt"
+    kept.write_bytes(ae_file.read_bytes())
+    flags = ["--dataset", digits_folder, *SMALL, "--epochs", 30, "--checkpoint-every", 1, "--num-workers", 2]
+    command = ["-m", "ldm_ray.train", *flags, "--ae-ckpt", kept, "--outdir", root]
+    with two_nodes() as cluster:
+        there = {"RAY_ADDRESS": cluster.address}
+        process = start(*command, env=there)
+        wait_for(lambda: len(recorded(root)) > 1, process)
+        lose_all(cluster)
+        told = finish(process, 2)
+        assert "training failed" in told and "--auto-resume" in told and "Traceback" not in told
+    first = len(recorded(root))
+    with two_nodes() as cluster:
+        there = {"RAY_ADDRESS": cluster.address}
+        process = start(*command, "--auto-resume", env=there)
+        wait_for(lambda: len(recorded(root)) > first, process)
+        process.send_signal(signal.SIGINT)
+        assert "going on with" in finish(process, 130)
+        second = len(recorded(root))
+        finish(start(*command, "--auto-resume", env=there))
+        beside = ["--ae-ckpt", ae_file, "--outdir", tmp_path / "disk"]
+        finish(start("-m", "ldm_ray.train", *flags, *beside, env=there))
+    assert 1 < first < second < 30 and recorded(root) == recorded(tmp_path / "disk") == list(range(1, 31))
+    [latest] = to_path(str(root)).glob("checkpoints/*/latest.pt")
+    name = latest.parent.name
+    in_store, _ = checkpoint.read(root / "checkpoints" / name / "latest.pt")
+    on_disk, _ = checkpoint.read(next((tmp_path / "disk").glob("checkpoints/*/latest.pt")))
+    for part in ("model", "ema"):
+        assert all(torch.equal(in_store[part][key], on_disk[part][key]) for key in on_disk[part])
+    assert (root / "logs" / f"{name}.log").read_text().count("/30  train ") == 30
+    assert list(root.glob(f"runs/{name}/events.out.tfevents.*"))
+    run("infer", "--outdir", root, "--output", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000

@@ -1,0 +1,329 @@
+"""Settings, flags, run names and the discovery of autoencoders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_ray import checkpoint, runs
+from ldm_ray.cli import Parser, parse_config
+from ldm_ray.config import (
+    AutoencoderConfig,
+    InferConfig,
+    SamplingConfig,
+    TrainConfig,
+    cache_dir,
+    outdir,
+)
+from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.models import registry
+from ldm_ray.options import Config, flag_of, kind_of
+
+CONFIGS: list[type[Config]] = [AutoencoderConfig, TrainConfig, InferConfig, SamplingConfig]
+FIELDS = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]
+CONTRACT: dict[str, Any] = {  # flag → default, as users of the earlier version know them
+    "cache-dir": None,
+    "outdir": None,
+    "ae-ckpt": None,
+    "ae-ckpt-dir": None,
+    "only-digit": None,
+    "epochs": 20,
+    "batch-size": 128,
+    "lr": 2e-4,
+    "T": 1000,
+    "beta-start": 1e-4,
+    "beta-end": 2e-2,
+    "hidden-dim": 256,
+    "samples-per-epoch": 16,
+    "seed": 42,
+    "device": None,
+    "amp": False,
+    "generate-images": False,
+    "auto-resume": False,
+    "early-stopping-patience": 0,
+    "dataset": "auto",
+}
+INFER_CONTRACT: dict[str, Any] = {
+    "ckpt": None,
+    "ae-ckpt": None,
+    "num-images": 64,
+    "digit": None,
+    "device": None,
+    "show-process": False,
+    "seed": 42,
+}
+
+
+def parse(config: type[Any], *argv: str) -> Any:
+    return parse_config(config, Parser(prog="x"), argv)
+
+
+@pytest.mark.parametrize(("config", "contract"), [(TrainConfig, CONTRACT), (InferConfig, INFER_CONTRACT)])
+def test_flags_and_defaults_are_the_contract(config: type[Config], contract: dict[str, Any]) -> None:
+    classic = ["--recipe", "classic"] if config is TrainConfig else []
+    told = parse(config, *classic)
+    defaults = {flag_of(field): getattr(told, field.name) for field in dataclasses.fields(config)}
+    assert {flag: defaults.get(flag, "missing") for flag in contract} == contract
+    assert parse(config) == config()
+
+
+@pytest.mark.parametrize("config", [TrainConfig, AutoencoderConfig])
+def test_a_recipe_gives_what_is_not_said(config: type[Any], tmp_path: Path) -> None:
+    best, classic = config(), config(recipe="classic")
+    assert best.recipe == "best" and best.lr > classic.lr and classic.batch_size == 128
+    by_recipe = [field for field in dataclasses.fields(config) if "recipes" in field.metadata]
+    for field in by_recipe:
+        assert getattr(best, field.name) == field.metadata["recipes"]["best"]
+        assert getattr(classic, field.name) == field.metadata["recipes"]["classic"]
+    assert config(recipe="classic", lr=0.5).lr == config(lr=0.5).lr == 0.5
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"recipe": "classic", "epochs": 3}))
+    read = parse(config, "--config", str(file), "--lr", "0.5")
+    assert (read.epochs, read.lr, read.batch_size) == (3, 0.5, 128)
+    assert config.from_dict(classic.to_dict()) == classic
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_flag_is_read_from_the_command_line(config: type[Config]) -> None:
+    for field in dataclasses.fields(config):
+        flag, kind = f"--{flag_of(field)}", kind_of(field)
+        if kind is bool:
+            assert getattr(parse(config, flag), field.name) is True
+            assert getattr(parse(config, f"--no-{flag_of(field)}"), field.name) is False
+            continue
+        value = field.metadata.get("choices", {int: (9,), float: (0.019,), str: ("3",)}[kind])[-1]
+        beside = ["--sampler", "ddim"] if field.name == "eta" else []
+        assert getattr(parse(config, flag, str(value), *beside), field.name) == value
+
+
+def wrong_values(field: dataclasses.Field) -> Iterator[Any]:
+    rules, kind = field.metadata, kind_of(field)
+    yield from {
+        bool: ["true", 1, 0],
+        int: ["3", "x", 2.0, 2.5, True, [1], float("nan")],
+        float: ["0.1", True, float("nan"), float("inf"), 10**400, [0.1]],
+        str: ["", True, 1.5, ["a"], {}],
+    }[kind]
+    if field.default is not None:  # None of a field by recipe is that of the recipe
+        yield None
+    if "choices" in rules:
+        yield "nonsense"
+    for rule, step in (("low", -1), ("high", 1), ("above", 0), ("below", 0)):
+        if rule in rules:
+            yield rules[rule] + (step if kind is int else step / 1000)
+
+
+@pytest.mark.parametrize(("config", "field"), FIELDS, ids=[f"{c.__name__}-{f.name}" for c, f in FIELDS])
+def test_every_wrong_value_is_refused_in_one_line(config: type[Config], field: dataclasses.Field) -> None:
+    for value in wrong_values(field):
+        with pytest.raises(ConfigError) as error:
+            config(**{field.name: value})
+        assert f"--{flag_of(field)}" in str(error.value) and "\n" not in str(error.value), repr(value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_start": 0.1, "beta_end": 0.01},
+        {"beta_schedule": "squaredcos_cap_v2", "beta_end": 0.01},
+        {"num_workers": "0"},
+        {"num_workers": "4-2"},
+        {"num_workers": "a"},
+        {"num_workers": "1-"},
+        {"num_workers": "1-200", "batch_size": 128},
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        TrainConfig(**settings)
+
+
+def test_a_beta_that_is_given_has_an_effect() -> None:
+    assert TrainConfig().beta_schedule == "squaredcos_cap_v2"
+    assert TrainConfig(beta_end=1e-2).beta_schedule == "linear"
+    assert TrainConfig(beta_start=1e-3).beta_schedule == "linear"
+    assert TrainConfig(beta_start=1e-4, beta_end=2e-2).beta_schedule == "linear"
+    assert TrainConfig(prediction_type="epsilon").beta_schedule == "linear"
+    assert TrainConfig(prediction_type="sample").beta_schedule == "squaredcos_cap_v2"
+    assert TrainConfig(beta_schedule="scaled_linear", beta_end=1e-2).beta_end == 1e-2
+    assert TrainConfig.from_dict(TrainConfig().to_dict()) == TrainConfig()
+
+
+def test_worker_range() -> None:
+    assert TrainConfig(num_workers="3").worker_range() == (3, 3)
+    assert TrainConfig(num_workers="1-4").worker_range() == (1, 4)
+
+
+def test_from_dict_takes_flag_and_field_names() -> None:
+    by_flag = TrainConfig.from_dict({"T": 500, "batch-size": 64, "lr": 1})
+    assert by_flag == TrainConfig.from_dict({"num_train_timesteps": 500, "batch_size": 64, "lr": 1.0})
+    assert by_flag == TrainConfig(num_train_timesteps=500, batch_size=64, lr=1.0) and isinstance(by_flag.lr, float)
+    assert TrainConfig.from_dict(by_flag.to_dict()) == by_flag
+    assert TrainConfig.from_dict(json.loads(json.dumps(by_flag.to_dict()))) == by_flag
+    with pytest.raises(ConfigError, match=r"f\.json has an unknown setting 'learning_rate'; known are: .*batch_size"):
+        TrainConfig.from_dict({"learning_rate": 1}, "f.json")
+
+
+def test_differences_name_what_a_resume_may_not_change() -> None:
+    recorded = TrainConfig(recipe="classic").to_dict()
+    assert (
+        TrainConfig(recipe="classic", epochs=99, device="cpu", outdir="/x", num_workers="2").differences(recorded) == []
+    )
+    assert TrainConfig(recipe="classic", lr=1e-3, num_train_timesteps=10).differences(recorded) == [
+        "--lr 0.0002 then, 0.001 now",
+        "--T 1000 then, 10 now",
+    ]
+    assert TrainConfig(lr=1e-3).differences({"seed": 42}) == []  # nothing recorded, nothing to compare
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().lr = 1.0  # type: ignore[misc]
+
+
+def test_default_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("SCRATCH", "SLURM_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert (outdir(None), cache_dir(None)) == (tmp_path / "outputs", tmp_path / "hf_cache")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("SLURM_TMPDIR", "/localscratch/1")
+    assert (outdir(None), cache_dir(None)) == (Path("/scratch/me"), Path("/localscratch/1"))
+    assert (outdir("here"), cache_dir("/there")) == (tmp_path / "here", Path("/there"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the command line ---
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{"T": 200, "lr": 0.01, "amp": true, "epochs": 5}')
+    config = parse(TrainConfig, "--config", str(file), "--lr", "1e-3", "--no-amp", "--batch-size", "1e3")
+    assert config == TrainConfig(num_train_timesteps=200, epochs=5, lr=1e-3, batch_size=1000)
+    file.write_text('{"beta_start": 0.05, "lr": "wrong"}')  # only what comes out has to be right
+    config = parse(TrainConfig, "--config", str(file), "--beta-end", "0.1", "--lr", "0.5")
+    assert (config.beta_start, config.beta_end, config.lr) == (0.05, 0.1, 0.5)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"lr": "x"}', '{"nonsense": 1}', "\xff", "[" * 100_000])
+def test_unusable_files_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError) as error:
+        parse(TrainConfig, "--config", str(tmp_path / "run.json"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        parse(TrainConfig, "--config", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "argv", [["--lr", "fast"], ["--T", "1.5"], ["--T", "nan"], ["--T", "²"], ["--epochs", "1e400"]]
+)
+def test_values_that_are_no_numbers(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"{argv[0]} is a .*number"):
+        parse(TrainConfig, *argv)
+
+
+@pytest.mark.parametrize("argv", [["--nonsense"], ["--epoch", "3"], ["--lr"], ["loose"]])
+def test_unknown_flags_are_one_line_and_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(TrainConfig, *argv)
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1 and argv[0] in shown.err
+
+
+# --- run names ---
+
+
+@pytest.mark.parametrize(("digit", "name"), [(None, "dall"), (7, "d7"), (0, "d0")])
+def test_run_names_are_the_contract(tmp_path: Path, digit: int | None, name: str) -> None:
+    paths = runs.new_run(TrainConfig(recipe="classic", only_digit=digit), tmp_path)
+    assert re.fullmatch(rf"latent-diffusion-{name}-bs128-lr0\.0002-T1000-seed42-\d{{8}}-\d{{6}}", paths.name)
+    assert paths.checkpoint(1) == tmp_path / "checkpoints" / paths.name / "checkpoint_epoch_000001.pt"
+    assert paths.latest == paths.checkpoints / "latest.pt"
+    assert paths.sample(1) == tmp_path / "samples" / paths.name / "epoch_000001.png"
+    assert paths.runs == tmp_path / "runs" / paths.name and paths.log == tmp_path / "logs" / f"{paths.name}.log"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_in_one_second_have_two_names(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(3):
+        paths = runs.new_run(TrainConfig(), tmp_path)
+        paths.checkpoints.mkdir(parents=True)
+        names.add(paths.name)
+    assert len(names) == 3
+
+
+def test_the_newest_run_is_of_these_settings_and_has_a_checkpoint(tmp_path: Path) -> None:
+    stem = runs.run_stem(TrainConfig())
+    for name in (f"{stem}-20250101-000000", f"{stem}-20250102-000000", f"{stem}2-20250103-000000"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "latest.pt").touch()
+    (tmp_path / "checkpoints" / f"{stem}-20250104-000000").mkdir()
+    found = runs.newest_run(TrainConfig(), tmp_path)
+    assert found is not None and found.name == f"{stem}-20250102-000000"
+    assert runs.newest_run(TrainConfig(lr=0.1), tmp_path) is None
+
+
+def test_an_output_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written") as error:
+        runs.check_writable(tmp_path / "file" / "out")
+    assert "\n" not in str(error.value)
+
+
+# --- discovery ---
+
+
+def autoencoder(path: Path, kind: str, age: int, only_digit: int | None = None) -> Path:
+    content = checkpoint.autoencoder_content(registry.build(kind, 4), kind, {"only_digit": only_digit})
+    checkpoint.write(path, content)
+    os.utime(path, (1_700_000_000 - age,) * 2)
+    return path
+
+
+def found(*args: Any) -> str | None:
+    result = runs.find_autoencoder(*args)
+    return result.path if result else None
+
+
+def test_discovery_takes_conv_before_mlp_and_the_newest(tmp_path: Path) -> None:
+    assert found(tmp_path) is None
+    mlp = autoencoder(tmp_path / "a" / "new.pt", "mlp", age=0)
+    assert found(tmp_path) == str(mlp)
+    autoencoder(tmp_path / "b" / "old.pt", "conv", age=500)
+    conv = autoencoder(tmp_path / "c" / "d" / "newer.pt", "conv", age=100)
+    assert found(tmp_path) == str(conv)
+    assert found(tmp_path, None, ["mlp"]) == str(mlp)
+
+
+def test_discovery_prefers_latest_within_a_run(tmp_path: Path) -> None:
+    latest = autoencoder(tmp_path / "run" / "latest.pt", "mlp", age=50)
+    autoencoder(tmp_path / "run" / "checkpoint_epoch_000001.pt", "mlp", age=0)
+    assert found(tmp_path) == str(latest)
+
+
+def test_discovery_takes_a_single_digit_only_for_that_digit(tmp_path: Path) -> None:
+    every = autoencoder(tmp_path / "all.pt", "mlp", age=900)
+    seven = autoencoder(tmp_path / "seven.pt", "mlp", age=0, only_digit=7)
+    assert found(tmp_path) == str(every) and found(tmp_path, 3) == str(every)
+    assert found(tmp_path, 7) == str(seven)
+
+
+def test_discovery_passes_over_what_it_cannot_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = autoencoder(tmp_path / "good.pt", "conv", age=900)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "empty.pt").touch()
+    autoencoder(tmp_path / ".latest.pt.partial.pt", "conv", age=0)
+    with pytest.raises(CheckpointError):
+        checkpoint.read(tmp_path / "cut.pt")
+    assert found(tmp_path) == str(good)
+    assert "cut.pt" in caplog.text and "empty.pt" in caplog.text
