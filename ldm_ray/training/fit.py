@@ -126,11 +126,11 @@ def fit(job: Job, place: Place, report: Callable[[dict[str, Any]], None]) -> Non
         stop = agreed(first and asked_to_stop(), place)
         last = early or stop or fitter.epoch == config.epochs
         if recorder:
+            recorder.epoch(metrics)  # before the checkpoint: a record that is ahead of it goes at the next start
             if last or config.writes(fitter.epoch):
                 save(task, fitter, job, kept(), metrics, epoch_file=True, finished=early)
             if config.generate_images:
                 task.picture(fitter.averaged, job.paths.sample(fitter.epoch), val_data.to(place.device))
-            recorder.epoch(metrics)
         report(metrics | {"early_stopped": early, "stopped": stop and fitter.epoch < config.epochs})
         if last:
             break

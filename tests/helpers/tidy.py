@@ -42,11 +42,12 @@ def end(folder: str) -> None:
 
 
 def of_run(folder: str) -> list[psutil.Process]:
-    """Processes of the run beside this one and those above it."""
+    """Processes of the run beside this one, those above it, and the one of multiprocessing that ends with it."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid not in own and process.environ().get(RUN) == folder:
+            tracker = process.ppid() == os.getpid() and "resource_tracker" in process.cmdline()[-1]
+            if process.pid not in own and not tracker and process.environ().get(RUN) == folder:
                 processes.append(process)
     return processes

@@ -28,16 +28,29 @@ from tests.helpers.runs import SMALL, epochs
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """One that misses a lost node after 5 s instead of 15, and gives up the workers that were to run there as soon."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     with two_nodes() as cluster:
         yield cluster
+
+
+TRAIN = """
+import sys
+from ldm_ray import train
+from ldm_ray.distributed import fit
+fit.GROW_S = 2
+sys.exit(train.main(sys.argv[1:]))
+"""
 
 
 def test_a_lost_node_shrinks_training_and_a_new_one_grows_it(
     cluster: Cluster, digits_folder: Path, ae_file: Path, tmp_path: Path
 ) -> None:
     flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, "--outdir", tmp_path, *SMALL, "--epochs", 5000]
-    process = start("-m", "ldm_ray.train", *flags, "--num-workers", "1-2", env={"RAY_ADDRESS": cluster.address})
+    flags += ["--checkpoint-every", 10]
+    process = start("-c", TRAIN, *flags, "--num-workers", "1-2", env={"RAY_ADDRESS": cluster.address})
     wait_for(lambda: [e for e in epochs(tmp_path) if e["workers"] == 2][2:], process)
     lose(cluster)
     before = len(epochs(tmp_path))

@@ -21,7 +21,7 @@ from tests.helpers.networks import busy_denoiser
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 TRAIN = ["--space", "pixel", "--hidden-dim", "8", "--batch-size", "64", "--T", "50", "--beta-end", "0.2"]
-TRAIN += ["--device", "cpu"]
+TRAIN += ["--device", "cpu", "--lr-schedule", "constant"]
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,11 @@ def test_training_from_images_to_images(trained: Path, tmp_path: Path) -> None:
 
 def test_a_stopped_run_goes_on_to_the_same_weights(trained: Path, tmp_path: Path, digits_folder: Path) -> None:
     flags = ["--dataset", digits_folder, "--outdir", tmp_path, *TRAIN]
-    whole = only(trained / "checkpoints", "*/latest.pt")
-    early = [*flags, "--lr-schedule", "constant"]
-    run("train", *early, "--epochs", 1)
-    run("train", *early, "--epochs", 2, "--auto-resume")
-    resumed = only(tmp_path / "checkpoints", "*/latest.pt")
-    run("train", *early, "--outdir", tmp_path / "b", "--epochs", 2)
-    assert same_weights(resumed, only(tmp_path / "b" / "checkpoints", "*/latest.pt"))
-    assert not same_weights(resumed, whole)
+    run("train", *flags, "--epochs", 1)
+    run("train", *flags, "--epochs", 2, "--auto-resume")
+    resumed, whole = (only(out / "checkpoints", "*/latest.pt") for out in (tmp_path, trained))
+    assert same_weights(resumed, whole)
+    assert not same_weights(resumed, resumed.with_name("checkpoint_epoch_000001.pt"))
 
 
 def test_a_dataset_of_generated_images(trained: Path, tmp_path: Path) -> None:

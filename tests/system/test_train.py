@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -88,13 +90,6 @@ def test_latents_are_plain_parquet(trained: Path, digits_folder: Path) -> None:
     np.testing.assert_allclose(recorded["mean"], latents.mean(axis=0), atol=1e-5)
 
 
-def test_second_run_reuses_latents(trained: Path, digits_folder: Path, ae_ckpt: Path) -> None:
-    before = {file: file.stat().st_mtime_ns for file in (trained / "latents").rglob("*")}
-    flags = ["--dataset", digits_folder, "--ae-ckpt", ae_ckpt, "--outdir", trained, "--seed", 43, "--epochs", 1]
-    assert "reused" in run("train", *flags, "--device", "cpu")
-    assert before == {file: file.stat().st_mtime_ns for file in (trained / "latents").rglob("*")}
-
-
 def test_infer(trained: Path, tmp_path: Path) -> None:
     ckpt = only(trained / "checkpoints", f"{RUN}/latest.pt")
     flags = ["--ckpt", ckpt, "--num-images", 16, "--digit", 3, "--device", "cpu", "--show-process"]
@@ -132,17 +127,41 @@ def test_damaged_image_is_one_line(tmp_path: Path, digits_folder: Path, ae_ckpt:
     assert not list((tmp_path / "out").rglob("manifest.json"))
 
 
-def test_quality_is_measured_beside_training_and_the_best_is_kept(
-    tmp_path: Path, digits_folder: Path, ae_ckpt: Path
-) -> None:
-    flags = ["--evaluate-every", 2, "--evaluate-samples", 200, "--checkpoint-every", 5, "--epochs", 5]
-    where = ["--dataset", digits_folder, "--ae-ckpt", ae_ckpt, "--outdir", tmp_path]
+@dataclass(frozen=True)
+class Second:
+    """A second run beside the first, over the same images, that measures quality as it goes."""
+
+    output: str
+    latents_before: dict[Path, int]
+    folder: Path
+    lines: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def second(trained: Path, digits_folder: Path, ae_ckpt: Path) -> Second:
+    before = changed(trained / "latents")
+    flags = ["--evaluate-every", 2, "--evaluate-samples", 200, "--checkpoint-every", 5, "--epochs", 5, "--seed", 43]
+    where = ["--dataset", digits_folder, "--ae-ckpt", ae_ckpt, "--outdir", trained]
     output = run("train", *TRAIN, *where, *flags)
-    lines = [json.loads(line) for line in only(tmp_path, f"runs/{RUN}/quality.jsonl").read_text().splitlines()]
+    folder = only(trained / "checkpoints", RUN.replace("seed42", "seed43"))
+    quality = trained / "runs" / folder.name / "quality.jsonl"
+    return Second(output, before, folder, [json.loads(line) for line in quality.read_text().splitlines()])
+
+
+def changed(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
+def test_second_run_reuses_latents(second: Second, trained: Path) -> None:
+    assert "reused" in second.output
+    assert second.latents_before == changed(trained / "latents")
+
+
+def test_quality_is_measured_beside_training_and_the_best_is_kept(second: Second) -> None:
+    lines, folder = second.lines, second.folder
     assert [line["epoch"] for line in lines] == [2, 4, 5] and {line["count"] for line in lines} == {200}
-    assert output.count("FD-LeNet") == 3
+    assert second.output.count("FD-LeNet") == 3
     best = min(lines, key=lambda line: line["fd_lenet"])
-    folder = only(tmp_path, f"checkpoints/{RUN}")
     content = torch.load(folder / "best.pt", weights_only=True)
     assert content["quality"] == best and content["epoch"] == best["epoch"]
     assert same_weights(folder / "best.pt", folder / f"checkpoint_epoch_{best['epoch']:06d}.pt")

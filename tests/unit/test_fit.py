@@ -1,0 +1,76 @@
+"""A worker's training run without Ray, cut short at every write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ldm_ray import checkpoint
+from ldm_ray.config import TrainConfig
+from ldm_ray.data.examples import fixed_size, write_examples
+from ldm_ray.runs import RunPaths
+from ldm_ray.training import fit as module
+from ldm_ray.training.fit import Job, Place, fit
+from tests.helpers.checkpoints import same_weights
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Job:
+    folder = tmp_path_factory.mktemp("fit")
+    labels = np.arange(60) % 10
+    latents = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
+    columns = {"latent": fixed_size(latents), "label": labels, "index": np.arange(60)}
+    write_examples(folder / "examples", pa.table(columns), "latent", {"made": "here"})
+    config = TrainConfig(epochs=EPOCHS, batch_size=32, hidden_dim=16, device="cpu")
+    embedded = checkpoint.embed(checkpoint.load_autoencoder(ae_file))
+    return Job(config, RunPaths(folder, "run"), folder / "examples", {}, embedded)
+
+
+def trained(job: Job, name: str) -> RunPaths:
+    """Trains a run to its end, or goes on with it."""
+    paths = RunPaths(job.paths.outdir, name)
+    fit(Job(job.config, paths, job.examples, job.data, job.autoencoder), place(), lambda _: None)
+    return paths
+
+
+def place() -> Place:
+    return Place(0, 1, torch.device("cpu"), lambda model: model)
+
+
+@pytest.mark.parametrize("writer", ["checkpoint", "record"])
+@pytest.mark.parametrize("number", range(2 * EPOCHS))
+def test_a_run_cut_short_at_any_write_records_every_epoch_once(
+    job: Job, writer: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch writes two checkpoints and one record; a run that is killed before one of them goes on from the last."""
+
+    class Cut(Exception): ...
+
+    home, name = (checkpoint, "write") if writer == "checkpoint" else (module, "append_line")
+    original, left = getattr(home, name), iter([False] * number + [True])
+
+    def cut(*arguments: object) -> None:
+        if next(left, False):
+            raise Cut
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, name, cut)
+        try:
+            trained(job, f"{writer}-{number}")
+        except Cut:
+            pass
+        else:
+            assert writer == "record" and number >= EPOCHS  # there is none so late
+    paths = trained(job, f"{writer}-{number}")
+    undisturbed = trained(job, "undisturbed")
+    assert same_weights(Path(str(paths.latest)), Path(str(undisturbed.latest)))
+    lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
