@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from typing import Any
 
 import torch
@@ -19,6 +21,12 @@ def pick_device(given: str | None) -> torch.device:
         have = ", ".join(name for name, available in there.items() if available)
         raise ConfigError(f"--device {given} is not available here; available: {have}")
     return torch.device(given)
+
+
+def cpu_threads(cores: int) -> int:
+    """Threads of a computation on so many cores: one each, or as many as OMP_NUM_THREADS allows."""
+    allowed = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))
+    return min(cores, int(allowed[0])) if allowed else cores
 
 
 def autocast(device: torch.device, enabled: bool) -> tuple[Any, torch.amp.GradScaler]:

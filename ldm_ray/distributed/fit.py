@@ -18,6 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from ldm_ray.data.sources import ImageSource
+from ldm_ray.devices import cpu_threads
 from ldm_ray.distributed.cluster import check_shared, cores_of_each, use_gpu
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
 from ldm_ray.errors import LdmError
@@ -52,19 +53,19 @@ def run(job: Job, test: ImageSource | None = None) -> int:
     check_shared(paths.outdir)
     low, high = config.worker_range()
     gpu = use_gpu(config.device)
-    threads = cores_of_each(high)
+    cores = cores_of_each(high)
     paths.runs.mkdir(parents=True, exist_ok=True)
     paths.stop.unlink(missing_ok=True)
     paths.diverged.unlink(missing_ok=True)
     storage = paths.outdir / "ray"
     trainer = TorchTrainer(  # type: ignore[call-arg]  # its type is that of Ray Train's first version
         train_worker,
-        train_loop_config={"job": job, "threads": threads, "mps": config.device == "mps"},
+        train_loop_config={"job": job, "threads": cpu_threads(cores), "mps": config.device == "mps"},
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=high if low == high else (low, high),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=GROW_S,
             use_gpu=gpu,
-            resources_per_worker={"GPU": 1} if gpu else {"CPU": threads},
+            resources_per_worker={"GPU": 1} if gpu else {"CPU": cores},
         ),
         run_config=RunConfig(
             # Ray's own state resumes by name whatever the settings; ours is latest.pt, so the name is new each time

@@ -17,12 +17,13 @@ GRACE_S = 40  # Ray's own processes notice within 30 s that a command was killed
 
 
 def begin(config: pytest.Config) -> None:
-    """Everything temporary of this process and of those that it starts goes into one new folder."""
+    """The environment of this process and of all that it starts: one new folder for what is temporary, one thread."""
     if RUN in os.environ:  # a worker of pytest-xdist
         return
     folder = tempfile.mkdtemp(prefix="ldm")
     Path(folder).chmod(0o755)  # munged wants its socket to be within reach of all
     os.environ |= {RUN: folder, "TMPDIR": folder, "RAY_TMPDIR": folder}
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other where tests share the cores take minutes
     tempfile.tempdir = None
     config.add_cleanup(lambda: end(folder))
 
