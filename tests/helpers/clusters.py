@@ -64,12 +64,11 @@ def running(head: Head, *flags: str) -> Iterator[Head]:
         log = Path(folder, "head.log")
         process = head.start(Path(folder), *flags)
         try:
-            for _ in range(120):
-                asked = subprocess.run([RAY, "health-check", "--address", head.address], env=head.environment)
-                if asked.returncode == 0:
+            for _ in range(240):
+                if "Ray runtime started" in log.read_text():
                     break
                 assert process.poll() is None, log.read_text()
-                time.sleep(0.5)
+                time.sleep(0.25)
             else:
                 pytest.fail(log.read_text()[-3000:])
             yield head
@@ -85,7 +84,7 @@ def running(head: Head, *flags: str) -> Iterator[Head]:
 @contextlib.contextmanager
 def two_nodes() -> Iterator[Cluster]:
     """A head of one CPU, and a node of one CPU; their processes are this one's children."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=1)
         yield cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ def begin(config: pytest.Config) -> None:
     """The environment of this process and of all that it starts: one new folder for what is temporary, one thread."""
     if RUN in os.environ:  # a worker of pytest-xdist
         return
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background job; its children inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.mkdtemp(prefix="ldm")
     Path(folder).chmod(0o755)  # munged wants its socket to be within reach of all
     os.environ |= {RUN: folder, "TMPDIR": folder, "RAY_TMPDIR": folder}

@@ -77,7 +77,8 @@ def test_a_search_from_another_directory_and_training_its_best(base: tuple[Path,
     # The trial's first epoch and the run's, of as many epochs, are the same training; --config takes the file as it is
     first = json.loads(next(out.glob("runs/latent-diffusion-*/metrics.jsonl")).read_text().splitlines()[0])
     assert first["val_loss"] == pytest.approx(best.curve[0]["val_loss"], rel=1e-5)
-    shown = run("train", "--config", folder / "best_config.json", "--seed", 43)
+    shown = run("train", "--config", folder / "best_config.json", "--auto-resume")
+    assert "already finished with epoch 9" in shown
     assert "reused" in shown and "latent-diffusion-dall-bs8" in shown
 
 

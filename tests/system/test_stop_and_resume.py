@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -13,10 +15,12 @@ import pytest
 import torch
 
 from tests.helpers.checkpoints import same_weights
-from tests.helpers.commands import below, finish, meanwhile, only, run, start, wait_for
+from tests.helpers.commands import below, call, meanwhile, only, run, start, wait_for
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 LONG = ["--epochs", "30", "--batch-size", "8", "--lr", "1e-3", "--T", "50", "--device", "cpu", "--hidden-dim", "32"]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL]
+IN_A_PROCESS_OF_ITS_OWN = (signal.SIGTERM, signal.SIGKILL)
 LONG_RUN = "latent-diffusion-dall-bs8-lr0.001-T50-seed42-*"
 
 
@@ -47,18 +51,58 @@ def test_killed_worker_ends_with_the_same_weights(
     assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 31))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL])
-def test_stop_and_resume_bit_for_bit(
-    number: signal.Signals, long_run: Path, digits_folder: Path, ae_file: Path, tmp_path: Path
-) -> None:
-    flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, "--outdir", tmp_path, *LONG, "--auto-resume"]
-    with_latents(tmp_path, long_run)
-    process = start("-m", "ldm_ray.train", *flags, start_new_session=True)
-    wait_for(lambda: checkpoints(tmp_path) >= 2, process)
-    os.kill(process.pid, number)
-    output = finish(process, -number if number == signal.SIGKILL else 128 + number)
-    assert number == signal.SIGKILL or "--auto-resume" in output
-    latest = only(tmp_path, f"checkpoints/{LONG_RUN}/latest.pt")
-    assert torch.load(latest, weights_only=True)["epoch"] < 30
+@dataclass(frozen=True)
+class Stop:
+    code: int
+    output: str
+    epoch: int  # of the checkpoint that is left
+
+
+@dataclass(frozen=True)
+class Stops:
+    """One run, stopped by each signal in turn and gone on with; at last to its end."""
+
+    by: dict[signal.Signals, Stop]
+    latest: Path
+
+
+@pytest.fixture(scope="module")
+def stops(tmp_path_factory: pytest.TempPathFactory, long_run: Path, digits_folder: Path, ae_file: Path) -> Stops:
+    out = tmp_path_factory.mktemp("stopped")
+    with_latents(out, long_run)
+    flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, "--outdir", out, *LONG, "--auto-resume"]
+    by = {}
+    for number in SIGNALS:
+        already = checkpoints(out)
+
+        def begun(already: int = already) -> bool:
+            return checkpoints(out) >= already + 2
+
+        if number in IN_A_PROCESS_OF_ITS_OWN:
+            process = start("-m", "ldm_ray.train", *flags, start_new_session=True)
+            wait_for(begun, process)
+            os.kill(process.pid, number)
+            output, code = process.communicate(timeout=400)[0], process.returncode
+        else:
+            with meanwhile(begun, partial(send, number)):
+                code, *streams = call("train", *flags)
+            output = "".join(streams)
+        latest = only(out, f"checkpoints/{LONG_RUN}/latest.pt")
+        by[number] = Stop(code, output, torch.load(latest, weights_only=True)["epoch"])
     assert "going on with" in run("train", *flags)
-    assert same_weights(long_run, latest)
+    return Stops(by, latest)
+
+
+def send(number: signal.Signals, _: object) -> None:
+    """To this process, which runs a command."""
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_stop_and_resume_bit_for_bit(number: signal.Signals, stops: Stops, long_run: Path) -> None:
+    stop, before = stops.by[number], [stops.by[each].epoch for each in SIGNALS[: SIGNALS.index(number)]]
+    assert stop.code == (-number if number == signal.SIGKILL else 128 + number), stop.output
+    assert number == signal.SIGKILL or "--auto-resume" in stop.output
+    assert max(before, default=0) < stop.epoch < 30
+    assert not before or "going on with" in stop.output
+    assert same_weights(long_run, stops.latest)
