@@ -1,7 +1,6 @@
-"""What is lost when machines go: clusters of several Ray nodes on this machine, and real commands on them.
+"""What is lost when a node goes: clusters of two Ray nodes on this machine, and real commands on them.
 
-A killed worker, a killed command and a full disk of ``generate`` are in test_pipeline.py, test_generate.py and
-test_dataset.py.
+Killed workers and full disks are in test_workers.py, killed commands in test_stop_and_resume.py and test_generate.py.
 """
 
 from __future__ import annotations
