@@ -5,8 +5,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 UV     ?= $(if $(wildcard $(VENV)/bin/uv),$(VENV)/bin/uv,uv)
 ARGS   ?=
-# Processes that run system tests side by side; most of them wait for Ray more than they compute.
-WORKERS ?= 3
+# Processes of pytest side by side. On two cores a third gains nothing: starting Ray is computing too.
+WORKERS ?= 2
 
 NEED_310 := import sys; sys.exit(sys.version_info < (3, 10))
 

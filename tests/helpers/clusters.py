@@ -39,8 +39,7 @@ class Head:
 
     def start(self, folder: Path, *more: str) -> subprocess.Popen[bytes]:
         ports = ["--port", self.address.partition(":")[2], "--ray-client-server-port", str(free_port())]
-        ports += ["--dashboard-port", str(free_port()), "--dashboard-host", "127.0.0.1"]
-        command = [RAY, "start", "--head", "--block", "--num-cpus=0", *ports]
+        command = [RAY, "start", "--head", "--block", "--num-cpus=0", "--include-dashboard=false", *ports]
         with (folder / "head.log").open("wb") as log:
             return subprocess.Popen(
                 [*command, *more, "--disable-usage-stats", f"--temp-dir={folder}"],

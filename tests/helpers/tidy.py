@@ -26,6 +26,7 @@ def begin(config: pytest.Config) -> None:
     folder = tempfile.mkdtemp(prefix="ldm")
     Path(folder).chmod(0o755)  # munged wants its socket to be within reach of all
     os.environ |= {RUN: folder, "TMPDIR": folder, "RAY_TMPDIR": folder}
+    os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "60000"  # Ray's statistics of its processes, which nobody reads here
     os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other where tests share the cores take minutes
     tempfile.tempdir = None
     config.add_cleanup(lambda: end(folder))

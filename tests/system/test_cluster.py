@@ -73,7 +73,7 @@ with connected():
 
 
 def test_no_worker_needs_more_cores_than_a_node_has() -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 5})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 5, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=2)
         environment = os.environ | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ def test_training_from_images_to_images(trained: Path, tmp_path: Path) -> None:
 
 def test_a_stopped_run_goes_on_to_the_same_weights(trained: Path, tmp_path: Path, digits_folder: Path) -> None:
     flags = ["--dataset", digits_folder, "--outdir", tmp_path, *TRAIN]
+    shutil.copytree(trained / "latents", tmp_path / "latents")
     run("train", *flags, "--epochs", 1)
     run("train", *flags, "--epochs", 2, "--auto-resume")
     resumed, whole = (only(out / "checkpoints", "*/latest.pt") for out in (tmp_path, trained))
