@@ -27,7 +27,7 @@ def test_training_on_two_nodes_into_s3_and_on_a_disk_gives_the_same_weights(
     root = to_path(bucket) / "runs"
     kept = root / "autoencoder.pt"
     kept.write_bytes(ae_file.read_bytes())
-    flags = ["--dataset", digits_folder, *SMALL, "--epochs", 20, "--checkpoint-every", 1, "--num-workers", 2]
+    flags = ["--dataset", digits_folder, *SMALL, "--epochs", 30, "--checkpoint-every", 1, "--num-workers", 2]
     flags_of_run = [*flags, "--ae-ckpt", kept, "--outdir", root]
     with two_nodes() as cluster:
         there = {"RAY_ADDRESS": cluster.address}
@@ -42,15 +42,15 @@ def test_training_on_two_nodes_into_s3_and_on_a_disk_gives_the_same_weights(
     second = len(recorded(root))
     run("train", *flags_of_run, "--auto-resume")
     run("train", *flags, "--ae-ckpt", ae_file, "--outdir", tmp_path / "disk")
-    assert 1 < first < second < 20 and recorded(root) == recorded(tmp_path / "disk") == list(range(1, 21))
+    assert 1 < first < second < 30 and recorded(root) == recorded(tmp_path / "disk") == list(range(1, 31))
     [latest] = to_path(str(root)).glob("checkpoints/*/latest.pt")
     name = latest.parent.name
     in_store, _ = checkpoint.read(root / "checkpoints" / name / "latest.pt")
     on_disk, _ = checkpoint.read(next((tmp_path / "disk").glob("checkpoints/*/latest.pt")))
     for part in ("model", "ema"):
         assert all(torch.equal(in_store[part][key], on_disk[part][key]) for key in on_disk[part])
-    logged = re.findall(r"epoch +(\d+)/20  train ", (root / "logs" / f"{name}.log").read_text())
-    assert {int(epoch) for epoch in logged} == set(range(1, 21))
+    logged = re.findall(r"epoch +(\d+)/30  train ", (root / "logs" / f"{name}.log").read_text())
+    assert {int(epoch) for epoch in logged} == set(range(1, 31))
     assert list(root.glob(f"runs/{name}/events.out.tfevents.*"))
     run("infer", "--outdir", root, "--output", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
