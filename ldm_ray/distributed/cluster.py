@@ -37,14 +37,15 @@ def connected() -> Iterator[None]:
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ prints notes on actor restarts into the progress
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0" if address == "local" else "1",  # a process for what clouds do
     }.items():
         os.environ.setdefault(name, value)
     code = {"py_modules": [str(Path(ldm_ray.__file__).parent)], "excludes": ["__pycache__"]}
     started = not ray.is_initialized()
     if not started:
         gc.collect()  # a Ray Data job that failed here keeps its actors, and their cores, until it is collected
-    if started:
+    else:
+        if address == "local":  # what clouds do to nodes is watched by a process that this machine need not run
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         try:
             with silent_stderr():  # its C++ announces the log level set above
                 ray.init(

@@ -60,8 +60,8 @@ def whole(folder: Path) -> None:
 def made(ckpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run on two workers."""
     out = tmp_path_factory.mktemp("made") / "set"
-    told = run("generate", "--ckpt", ckpt, *FLAGS, "--outdir", out, "--num-workers", 2)
-    assert f"{COUNT:,} images in {SHARDS} shards" in told and "by 2 workers" in told
+    output = run("generate", "--ckpt", ckpt, *FLAGS, "--outdir", out, "--num-workers", 2)
+    assert f"{COUNT:,} images in {SHARDS} shards" in output and "by 2 workers" in output
     return out
 
 
@@ -81,8 +81,8 @@ def test_bytes_do_not_depend_on_workers_or_batches(made: Path, ckpt: Path, tmp_p
 
 def test_a_finished_dataset_is_not_touched_and_needs_no_ray(made: Path, ckpt: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in made.rglob("*")}
-    told = finish(start("-c", WITHOUT_RAY, "--ckpt", ckpt, *FLAGS, "--outdir", made, "--num-workers", 1))
-    assert "workers" not in told and f"{COUNT:,} images" in told
+    output = finish(start("-c", WITHOUT_RAY, "--ckpt", ckpt, *FLAGS, "--outdir", made, "--num-workers", 1))
+    assert "workers" not in output and f"{COUNT:,} images" in output
     assert {file: file.stat().st_mtime_ns for file in made.rglob("*")} == before
 
 
@@ -93,8 +93,8 @@ def test_stopped_and_killed_runs_are_finished_with_the_same_bytes(made: Path, ck
     command = ["-m", "ldm_ray.generate", *flags]
 
     with meanwhile(lambda: len(shards(out)) >= 2, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
-        told = run("generate", *flags, code=128 + signal.SIGTERM)
-    assert "run the same command again to go on" in told and "Traceback" not in told
+        output = run("generate", *flags, code=128 + signal.SIGTERM)
+    assert "run the same command again to go on" in output and "Traceback" not in output
     assert not (out / ".partial").exists() and not (out / "SHA256SUMS").exists()
     whole(out)
     first = {file: file.stat().st_mtime_ns for file in shards(out)}
@@ -126,6 +126,6 @@ def test_ray_data_opens_it(made: Path) -> None:
 
 
 def test_verify_regenerates(made: Path, ckpt: Path) -> None:
-    told = run("generate", "verify", made, "--sample", 40, "--seed", 3)
-    assert "24 shards with 1,200 images have the bytes that were written" in told
-    assert "40 images made again have the same bytes" in told
+    output = run("generate", "verify", made, "--sample", 40, "--seed", 3)
+    assert "24 shards with 1,200 images have the bytes that were written" in output
+    assert "40 images made again have the same bytes" in output

@@ -70,9 +70,9 @@ class Clients:
         self.threads = [threading.Thread(target=self.run, daemon=True) for _ in range(count)]
 
     def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        told = {"content-type": "application/json", "accept": "application/x-npy"}
+        headers = {"content-type": "application/json", "accept": "application/x-npy"}
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, told), timeout=60) as found:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=60) as found:
                 return found.status, found.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()

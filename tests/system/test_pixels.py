@@ -41,8 +41,8 @@ def test_training_from_images_to_images(trained: Path, tmp_path: Path) -> None:
     assert not list((trained / "checkpoints").glob("ae-*"))
     run("infer", "--outdir", trained, "--output", tmp_path / "a.png", "--num-images", 4)
     assert Image.open(tmp_path / "a.png").size == (62, 62)
-    told = run("inspect", folder / "latest.pt", "--json")
-    assert json.loads(told)["kind"] == "pixel_diffusion" and json.loads(told)["image_size"] == [28, 28]
+    summary = run("inspect", folder / "latest.pt", "--json")
+    assert json.loads(summary)["kind"] == "pixel_diffusion" and json.loads(summary)["image_size"] == [28, 28]
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(trained: Path, tmp_path: Path, digits_folder: Path) -> None:
@@ -81,19 +81,19 @@ def test_compare_puts_latents_and_pixels_side_by_side(
     flags = ["--ckpt", str(latents), str(pixels), "--dataset", str(digits_folder), "--output", str(tmp_path / "out")]
     flags += ["--outdir", str(tmp_path), "--samples", "20", "--batches", "1,3", "--repeats", "1", "--device", "cpu"]
     assert compare.main(flags) == 0
-    found = json.loads((tmp_path / "out" / "comparison.json").read_text())["checkpoints"]
-    assert [row["space"] for row in found] == ["latent", "pixel"]
-    assert found[0]["operations_per_step"] == 2 * 532_480  # 16·256 + 8·256² + 256·16 multiplications and additions
-    assert found[0]["parameters"] > found[1]["parameters"]
-    assert found[0]["operations_per_image"] < found[1]["operations_per_image"]
-    assert found[0]["seconds_per_epoch"] == 2.0
-    for row in found:
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["checkpoints"]
+    assert [row["space"] for row in rows] == ["latent", "pixel"]
+    assert rows[0]["operations_per_step"] == 2 * 532_480  # 16·256 + 8·256² + 256·16 multiplications and additions
+    assert rows[0]["parameters"] > rows[1]["parameters"]
+    assert rows[0]["operations_per_image"] < rows[1]["operations_per_image"]
+    assert rows[0]["seconds_per_epoch"] == 2.0
+    for row in rows:
         assert set(row["ms_per_image"]) == {"1", "3"} and min(row["ms_per_image"].values()) > 0
         assert row["train_images_per_s"] > 0 and row["quality"]["mean"]["fd_lenet"] > 0 and row["floor"] > 0
-    assert list(found[1]["floors"]) == ["train"]
+    assert list(rows[1]["floors"]) == ["train"]
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "| FD-LeNet |" in text and text in capsys.readouterr().out
-    assert [row["name"] for row in found] == ["latent, 4 epochs", "pixel, 2 epochs"]
-    assert min(row["training_mb"] for row in found) > 100
+    assert [row["name"] for row in rows] == ["latent, 4 epochs", "pixel, 2 epochs"]
+    assert min(row["training_mb"] for row in rows) > 100
     picture = np.asarray(Image.open(tmp_path / "out" / "comparison.png"))
     assert picture.ndim == 3 and picture.std() > 10

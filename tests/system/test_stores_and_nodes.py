@@ -30,12 +30,11 @@ def test_training_on_two_nodes_into_s3_and_on_a_disk_gives_the_same_weights(
     flags = ["--dataset", digits_folder, *SMALL, "--epochs", 30, "--checkpoint-every", 1, "--num-workers", 2]
     flags_of_run = [*flags, "--ae-ckpt", kept, "--outdir", root]
     with two_nodes() as cluster:
-        there = {"RAY_ADDRESS": cluster.address}
-        process = start("-m", "ldm_ray.train", *flags_of_run, env=there)
+        process = start("-m", "ldm_ray.train", *flags_of_run, env={"RAY_ADDRESS": cluster.address})
         wait_for(lambda: len(recorded(root)) > 1, process)
         lose_all(cluster)
-        told = finish(process, 2)
-        assert "training failed" in told and "--auto-resume" in told and "Traceback" not in told
+        output = finish(process, 2)
+        assert "training failed" in output and "--auto-resume" in output and "Traceback" not in output
     first = len(recorded(root))
     with meanwhile(lambda: len(recorded(root)) > first, lambda _: os.kill(os.getpid(), signal.SIGINT)):
         assert "going on with" in run("train", *flags_of_run, "--auto-resume", code=130)

@@ -27,8 +27,8 @@ def ae_ckpt(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> Pa
     out = tmp_path_factory.mktemp("autoencoder")
     flags = ["--model", "mlp", "--epochs", 4, "--batch-size", 32, "--generate-images", "--outdir", out]
     run("train_autoencoder", "--dataset", digits_folder, *flags, "--device", "cpu")
-    made = only(out, "samples/ae-mlp-dall-bs32-lr0.004-D16-seed42-*/epoch_000004.png")
-    assert Image.open(made).mode == "L"
+    picture = only(out, "samples/ae-mlp-dall-bs32-lr0.004-D16-seed42-*/epoch_000004.png")
+    assert Image.open(picture).mode == "L"
     return only(out, "checkpoints/ae-mlp-*/latest.pt")
 
 

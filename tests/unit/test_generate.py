@@ -30,6 +30,6 @@ def test_mistakes_are_one_line_and_exit_2(
     flags: list[str], said: str, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parent)
-    given = flags if flags[0] == "verify" else ["--ckpt", ckpt, "--outdir", tmp_path / "x", *flags]
-    assert said in refusal("generate", *given)
+    words = flags if flags[0] == "verify" else ["--ckpt", ckpt, "--outdir", tmp_path / "x", *flags]
+    assert said in refusal("generate", *words)
     assert not (tmp_path / "x").exists()

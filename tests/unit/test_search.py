@@ -52,21 +52,21 @@ def test_values() -> None:
 
 
 def test_random_values_are_log_uniform_within_bounds_and_follow_from_the_seed() -> None:
-    made = planned(SearchConfig(search="random", num_samples=2000, seed=3))
+    points = planned(SearchConfig(search="random", num_samples=2000, seed=3))
     default = {"lr": 2e-3, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "squaredcos_cap_v2"}
-    assert made is not None and made[0] == default
-    rates = np.log10([point["lr"] for point in made])
+    assert points is not None and points[0] == default
+    rates = np.log10([point["lr"] for point in points])
     assert rates.min() >= -4 and rates.max() <= -2
     assert np.histogram(rates, bins=4, range=(-4, -2))[0] == pytest.approx([500] * 4, abs=100)
-    assert planned(SearchConfig(search="random", num_samples=10, seed=3)) == made[:10]
-    assert planned(SearchConfig(search="random", num_samples=10, seed=4)) != made[:10]
+    assert planned(SearchConfig(search="random", num_samples=10, seed=3)) == points[:10]
+    assert planned(SearchConfig(search="random", num_samples=10, seed=4)) != points[:10]
 
 
 def test_a_grid_has_no_two_points_of_one_effect() -> None:
     shapes = "linear,scaled_linear,squaredcos_cap_v2"
-    made = planned(SearchConfig(search="grid", num_samples=1000, lr="1e-3,2e-3", beta_schedule=shapes))
-    assert made is not None and len(made) == 2 * (3 * 3 * 2 + 1)  # a cosine schedule has no betas
-    assert len({tuple(canonical(point).items()) for point in made}) == len(made)
+    points = planned(SearchConfig(search="grid", num_samples=1000, lr="1e-3,2e-3", beta_schedule=shapes))
+    assert points is not None and len(points) == 2 * (3 * 3 * 2 + 1)  # a cosine schedule has no betas
+    assert len({tuple(canonical(point).items()) for point in points}) == len(points)
 
 
 def test_the_best_configuration_is_one_of_the_training_command(tmp_path: Path) -> None:
