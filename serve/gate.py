@@ -1,7 +1,9 @@
 """What every request passes before its route: id, token, size and type of the body; and what is logged after it."""
 
+import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import json
 import logging
@@ -14,6 +16,7 @@ from serve.service import Service
 
 SLOW_S = 1.0  # requests that fail or take longer are logged at INFO, the others at DEBUG
 CHALLENGES = ("Bearer", 'Basic realm="ldm_ray"')  # the second is for browsers; a header each, or they do not read it
+DRAIN_S, DRAIN_BODIES = 2.0, 8  # how long, and how many times the longest body, a refused body is read on
 OPEN_PATHS = ("/health", "/ready")
 log = logging.getLogger("ray.serve")
 
@@ -42,7 +45,11 @@ class Gate:
             await send(message)
 
         try:
-            self.check(scope, headers)
+            try:
+                self.check(scope, headers)
+            except ApiError:
+                await self.drain(receive)
+                raise
             if scope["method"] == "POST" and scope["path"] in self.json_paths:
                 receive = await self.whole(receive)
             await self.app(scope, receive, answer)
@@ -86,6 +93,7 @@ class Gate:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.service.settings.max_body:
+                await self.drain(receive)
                 raise self.too_large()
         first: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -93,6 +101,19 @@ class Gate:
             return first.pop() if first else await receive()
 
         return take
+
+    async def drain(self, receive: Any) -> None:
+        """Read on, and drop it: a client that is still sending when the connection is closed never sees the answer."""
+
+        async def drop() -> None:
+            size, message = 0, await receive()
+            while message["type"] == "http.request" and message.get("more_body") and size < DRAIN_BODIES * limit:
+                message = await receive()
+                size += len(message.get("body", b""))
+
+        limit = self.service.settings.max_body
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(drop(), DRAIN_S)
 
     def told(self, scope: dict[str, Any], status: int, seconds: float, mark: str) -> None:
         route = getattr(scope.get("route"), "path", "other")
