@@ -81,6 +81,11 @@ def silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
+def is_local() -> bool:
+    """Whether Ray is that of this machine alone, which ``connected`` started and will end."""
+    return (os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
 def resources() -> tuple[int, int]:
     """(CPU cores, GPUs) of all living nodes, or of those that an autoscaled cluster can have.
 

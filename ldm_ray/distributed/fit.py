@@ -16,10 +16,12 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.devices import cpu_threads
-from ldm_ray.distributed.cluster import check_shared, cores_of_each, use_gpu
+from ldm_ray.distributed.cluster import check_shared, cores_of_each, is_local, use_gpu
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
 from ldm_ray.errors import LdmError
 from ldm_ray.paths import AnyPath, RemotePath, look_every
@@ -42,6 +44,15 @@ def train_worker(settings: dict[str, Any]) -> None:
     fit(job, place, functools.partial(reported, job.config, job.paths, place.rank == 0))
 
 
+class Trainer(TorchTrainer):
+    """Ray's, without two of the actors that it starts for every run (3 s of a core): workers read their examples
+    themselves, and a Ray of this command alone ends with it, placement groups and all."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback) if is_local() else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]  # type: ignore[misc]
+
+
 def run(job: Job, test: ImageSource | None = None) -> int:
     """Trains to the end; the command's exit code: 0, or 128 + the signal that stopped it.
 
@@ -58,7 +69,7 @@ def run(job: Job, test: ImageSource | None = None) -> int:
     paths.stop.unlink(missing_ok=True)
     paths.diverged.unlink(missing_ok=True)
     storage = paths.outdir / "ray"
-    trainer = TorchTrainer(  # type: ignore[call-arg]  # its type is that of Ray Train's first version
+    trainer = Trainer(  # type: ignore[call-arg]  # its type is that of Ray Train's first version
         train_worker,
         train_loop_config={"job": job, "threads": cpu_threads(cores), "mps": config.device == "mps"},
         scaling_config=ScalingConfig(  # type: ignore[call-arg]

@@ -39,7 +39,16 @@ class Head:
 
     def start(self, folder: Path, *more: str) -> subprocess.Popen[bytes]:
         ports = ["--port", self.address.partition(":")[2], "--ray-client-server-port", str(free_port())]
-        command = [RAY, "start", "--head", "--block", "--num-cpus=0", "--include-dashboard=false", *ports]
+        command = [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=0",
+            "--include-dashboard=false",
+            "--include-log-monitor=false",
+            *ports,
+        ]
         with (folder / "head.log").open("wb") as log:
             return subprocess.Popen(
                 [*command, *more, "--disable-usage-stats", f"--temp-dir={folder}"],
