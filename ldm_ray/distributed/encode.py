@@ -18,7 +18,7 @@ import ldm_ray
 from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_examples
 from ldm_ray.data.images import decode_png, to_float
-from ldm_ray.data.sources import ImageSource, place
+from ldm_ray.data.sources import ImageSource, content_hash, place
 from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
@@ -66,9 +66,24 @@ def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) 
 
 
 def record_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
-    """A checkpoint's ``data``: the identity of its examples, and what does not change them."""
+    """A checkpoint's ``data``: the identity of its examples, and what does not change them.
+
+    content: a hash of the images and labels themselves, wherever they lie and however they are cut into files.
+    """
     shape = {"image_size": list(source.image_size), "class_names": list(source.class_names)}
-    return identity_of(source, autoencoder) | shape
+    return identity_of(source, autoencoder) | {"content": content_hash(source.table)} | shape
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes the data of an earlier run, as recorded, others than these. The same images from another place are
+    the same data."""
+    same = any(before.get(key) == now[key] for key in ("content", "revision"))
+    passed = {"content", "dataset", "revision"} if same else {"content"}
+    return [
+        f"{key} {old} then, {now.get(key)} now"
+        for key, old in before.items()
+        if key not in passed and now.get(key) != old
+    ]
 
 
 def encode(

@@ -42,10 +42,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     fit(job, place, functools.partial(reported, job.config, job.paths, place.rank == 0))
 
 
-def run(job: Job, test: ImageSource | None = None) -> int:
+def run(job: Job, test: ImageSource | None = None, goes_on: bool = False) -> int:
     """Trains to the end; the command's exit code: 0, or 128 + the signal that stopped it.
 
-    test: what ``--evaluate-every`` compares with.
+    test: what ``--evaluate-every`` compares with. goes_on: the command has more to do, so that a signal stops it even
+    where training has just ended.
 
     Raises LdmError when training diverged or workers were lost too often.
     """
@@ -88,7 +89,7 @@ def run(job: Job, test: ImageSource | None = None) -> int:
     with StopRequest(paths.stop) as request:
         thread.start()
         Watch(job).until(thread)
-        code = 128 + request.received if request.received and not finished(job) else 0
+        code = 128 + request.received if request.received and (goes_on or not finished(job)) else 0
     if "error" in outcome:
         raise failure(outcome["error"], job)
     if paths.diverged.exists():
