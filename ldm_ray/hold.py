@@ -48,13 +48,19 @@ def hold(folder: AnyPath) -> Iterator[None]:
         yield
     finally:
         if lock:
-            (Path(str(folder)) / NAME).unlink(missing_ok=True)
+            (folder / NAME).unlink(missing_ok=True)
             lock.close()
         if lease:
             lease.end()
-        if created and isinstance(folder, Path):
-            with contextlib.suppress(OSError):  # something was written into it, as usual
-                folder.rmdir()
+        if created:
+            remove_empty(folder)
+
+
+def remove_empty(folder: AnyPath) -> None:
+    """Removes a folder into which nothing was written."""
+    if isinstance(folder, Path):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _lock(folder: Path) -> IO[str] | None:
@@ -167,6 +173,7 @@ def new_folder(parent: AnyPath, stem: str, held: contextlib.ExitStack) -> AnyPat
         folder = parent / f"{stem}-{time.strftime(STAMP, time.gmtime(moment))}"
         try:
             folder.mkdir(parents=True)
+            held.callback(remove_empty, folder)
             held.enter_context(hold(folder))
         except (FileExistsError, Held):
             moment += 1

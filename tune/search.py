@@ -31,6 +31,7 @@ from space import SearchConfig
 
 from ldm_ray import checkpoint, cli, runs
 from ldm_ray.config import TrainConfig, outdir
+from ldm_ray.data.identity import changes, record_of
 from ldm_ray.errors import ConfigError, LdmError
 from ldm_ray.hold import hold, new_folder
 from ldm_ray.paths import to_path, write_bytes
@@ -86,8 +87,6 @@ def search(config: SearchConfig, paths: SearchPaths, latents: Any, base: Path) -
     latents: of ``pipeline.latents_of``. Raises LdmError when every trial failed.
     """
     from engine import Engine
-
-    from ldm_ray.distributed.encode import record_of
 
     data = record_of(latents.source, latents.autoencoder)
     records = records_of(config, paths, data)
@@ -151,8 +150,6 @@ def paths_of(config: SearchConfig, base: Path, held: contextlib.ExitStack) -> Se
 
 def records_of(config: SearchConfig, paths: SearchPaths, data: dict[str, Any]) -> Records:
     """Of a new search, or those to go on from. ConfigError when the earlier search was another one."""
-    from ldm_ray.distributed.encode import changes
-
     if not paths.search.exists():
         return Records(paths.trials, [])
     before = read_search(paths)

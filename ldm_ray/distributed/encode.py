@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +12,11 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-import ldm_ray
 from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_examples
+from ldm_ray.data.identity import identity_of
 from ldm_ray.data.images import decode_png, to_float
-from ldm_ray.data.sources import ImageSource, content_hash, place
+from ldm_ray.data.sources import ImageSource, place
 from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
@@ -51,39 +49,6 @@ class Encoder:
             pixels = to_float(torch.from_numpy(images)[:, None].to(self.device))
             name, vectors = "latent", self.codec.encode(pixels).cpu().numpy()
         return pa.table({name: fixed_size(vectors), "label": batch["label"], "index": batch["index"]})
-
-
-def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
-    """What the examples follow from."""
-    return {
-        "autoencoder_sha256": autoencoder.sha256 if autoencoder else None,
-        "dataset": source.name if "/" not in source.name or not Path(source.name).is_absolute() else "folder",
-        "revision": source.revision,
-        "split": source.split,
-        "only_digit": source.only_digit,
-        "version": ldm_ray.__version__,
-    }
-
-
-def record_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
-    """A checkpoint's ``data``: the identity of its examples, and what does not change them.
-
-    content: a hash of the images and labels themselves, wherever they lie and however they are cut into files.
-    """
-    shape = {"image_size": list(source.image_size), "class_names": list(source.class_names)}
-    return identity_of(source, autoencoder) | {"content": content_hash(source.table)} | shape
-
-
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes the data of an earlier run, as recorded, others than these. The same images from another place are
-    the same data."""
-    same = any(before.get(key) == now[key] for key in ("content", "revision"))
-    passed = {"content", "dataset", "revision"} if same else {"content"}
-    return [
-        f"{key} {old} then, {now.get(key)} now"
-        for key, old in before.items()
-        if key not in passed and now.get(key) != old
-    ]
 
 
 def encode(

@@ -16,10 +16,11 @@ from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.classes import numbered
 from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig, cache_dir, outdir
 from ldm_ray.data.examples import read_examples
+from ldm_ray.data.identity import changes, record_of
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.distributed import fit
 from ldm_ray.distributed.cluster import connected, use_gpu
-from ldm_ray.distributed.encode import changes, encode, record_of
+from ldm_ray.distributed.encode import encode
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.hold import hold
 from ldm_ray.models.registry import check_size
@@ -43,10 +44,12 @@ def train_autoencoder(config: AutoencoderConfig) -> Outcome:
     """``python -m ldm_ray.train_autoencoder``: images → pixels (Ray Data) → autoencoder (Ray Train)."""
     base = outdir(config.outdir)
     runs.check_writable(base)
-    with connected():
-        use_gpu(config.device)
-        source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
-        return _fit_autoencoder(config, source, base)
+    with ExitStack() as held:
+        before = resumed(config, base, held)
+        with connected():
+            use_gpu(config.device)
+            source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
+            return _fit_autoencoder(config, source, base, held, before)
 
 
 def train(config: TrainConfig) -> Outcome:
@@ -117,7 +120,9 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
         shared = ("recipe", "dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
         settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
         first = AutoencoderConfig(**settings, model=kind, outdir=str(base), auto_resume=config.auto_resume)
-        outcome = _fit_autoencoder(first, source, base, goes_on=True)
+        with ExitStack() as held:
+            before = resumed(first, base, held)
+            outcome = _fit_autoencoder(first, source, base, held, before, goes_on=True)
         if outcome.code:
             return outcome
         found = checkpoint.load_autoencoder(outcome.paths.latest)
@@ -136,12 +141,18 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
     return Latents(source, folder, found)
 
 
-def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: AnyPath, goes_on: bool = False) -> Outcome:
+def _fit_autoencoder(
+    config: AutoencoderConfig,
+    source: ImageSource,
+    base: AnyPath,
+    held: ExitStack,
+    before: tuple[RunPaths | None, dict[str, Any] | None],
+    goes_on: bool = False,
+) -> Outcome:
+    """before: of ``resumed``."""
     check_size(config.model, source.image_size)
-    with ExitStack() as held:
-        paths, content = resumed(config, base, held)
-        folder = encode(source, None, base, config.encode_workers, config.device)
-        return _fit(config, source, folder, base, held, paths, content, None, goes_on=goes_on)
+    folder = encode(source, None, base, config.encode_workers, config.device)
+    return _fit(config, source, folder, base, held, *before, None, goes_on=goes_on)
 
 
 def _fit(
