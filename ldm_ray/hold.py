@@ -5,6 +5,7 @@ from __future__ import annotations
 import calendar
 import contextlib
 import fcntl
+import logging
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from ldm_ray.paths import AnyPath, write_bytes
 NAME = ".held"
 RENEW_S = 4.0  # a lease is written again so often,
 LAPSE_S = 15.0  # and counts for nothing once that has not happened for so long
+log = logging.getLogger(__name__)
 STAMP = "%Y%m%d-%H%M%S"
 
 
@@ -76,7 +78,7 @@ def _lock(folder: Path) -> IO[str] | None:
             mine = os.path.samestat(os.fstat(file.fileno()), (folder / NAME).stat())
         except BlockingIOError:
             with file:
-                raise Held(f"{folder} is in use by {_holder(file)}") from None
+                raise Held(refusal(folder, _holder(file))) from None
         except FileNotFoundError:  # its holder ended in between, and took the file away
             mine = False
         except OSError:
@@ -98,7 +100,11 @@ def _holder(file: IO[str]) -> str:
         if text := file.read(300).strip():
             return text
         time.sleep(0.05)
-    return "another command"
+    return ""
+
+
+def refusal(folder: AnyPath, holder: str) -> str:
+    return f"{folder} is in use by {holder or 'another command'}; wait until it ends"
 
 
 def this_command() -> str:
@@ -135,13 +141,15 @@ class Lease:
     def _await_others(self) -> None:
         """Returns when there are none, or none that is renewed."""
         seen, until = self._others(), time.monotonic() + LAPSE_S
+        if seen:
+            log.info("%s: looking for up to %.0f s whether another command is at work there", self.folder, LAPSE_S)
         while seen and time.monotonic() < until:
             time.sleep(RENEW_S / 8)
             now = self._others()
             for file in seen.keys() & now.keys():
                 if now[file] != seen[file]:
                     who = now[file].decode(errors="replace").partition("\n")[2][:300]
-                    raise Held(f"{self.folder} is in use by {who or 'another command'}")
+                    raise Held(refusal(self.folder, who))
             seen = {file: seen[file] for file in seen.keys() & now.keys()}
         for file in seen:
             file.unlink(missing_ok=True)
