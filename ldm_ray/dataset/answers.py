@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,6 @@ from ldm_ray.devices import pick_device
 from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import DEFAULT, Generator
-from ldm_ray.paths import unique
 
 SAMPLING = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale", "guidance_start")
 FIELDS = {"class_label", "prompt", "n", "seed", "seeds", "model", "response_format", *SAMPLING}
@@ -226,7 +226,7 @@ def answer(batch: list[Wish], generator: Generator) -> None:
 def replaced(path: Path) -> Iterator[IO[str]]:
     """A text stream that becomes the file when all of it was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{unique()}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as stream:
             yield stream
