@@ -170,7 +170,7 @@ def find_autoencoder(
             continue
         if found.unfinished:
             log.warning(
-                "passed over: %s is %s; --auto-resume with the settings it was begun with finishes it, --ae-ckpt takes "
+                "not taken: %s is %s; --auto-resume with the settings it was begun with finishes it, --ae-ckpt takes "
                 "it as it is", file, found.unfinished
             )  # fmt: skip
             continue

@@ -138,7 +138,7 @@ def test_discovery_passes_over_what_it_cannot_read(tmp_path: Path, caplog: pytes
 def test_discovery_never_takes_an_unfinished_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     half = autoencoder(tmp_path / "half" / "latest.pt", "conv", age=0, epoch=2, training={"finished": False})
     assert found(tmp_path) is None
-    assert f"passed over: {half} is unfinished, epoch 2 of 40; --auto-resume" in caplog.text
+    assert f"not taken: {half} is unfinished, epoch 2 of 40; --auto-resume" in caplog.text
     early = {"finished": True}
     stopped_early = autoencoder(tmp_path / "early" / "latest.pt", "mlp", age=5, epoch=9, training=early)
     assert found(tmp_path) == str(stopped_early)
