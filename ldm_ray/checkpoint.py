@@ -24,6 +24,7 @@ from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, write_bytes
 from ldm_ray.restore import (
+    UNFINISHED,
     AutoencoderCheckpoint,
     codec_of,
     denoiser_of,
@@ -121,8 +122,19 @@ def read(path: AnyPath) -> tuple[dict[str, Any], str]:
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:
     """The metadata worth showing."""
-    found = {key: plain(content[key]) for key in SUMMARY if content.get(key) not in (None, {})}
+    found = {"state": state} if (state := state_of(content)) else {}
+    found |= {key: plain(content[key]) for key in SUMMARY if content.get(key) not in (None, {})}
     return found | {"exp_name": str(content["exp_name"])} if content.get("exp_name") else found
+
+
+def state_of(content: dict[str, Any]) -> str:
+    """How far the training had come, such as "unfinished, epoch 2 of 40"; empty where the file does not say."""
+    epoch, epochs = content.get("epoch"), content["config"].get("epochs")
+    if type(epoch) is not int or type(epochs) is not int:
+        return ""
+    training = content.get("training")
+    early = isinstance(training, dict) and training.get("finished") is True
+    return f"{'finished' if early or epoch >= epochs else UNFINISHED}, epoch {epoch} of {epochs}"
 
 
 def load_autoencoder(path: AnyPath) -> AutoencoderCheckpoint:

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,13 +126,34 @@ def fail(prog: str, message: str) -> int:
     return 2
 
 
-def close(outcome: Any, prog: str, then: str) -> int:
-    """Says what a training command made and what comes next; returns its exit code."""
+def close(outcome: Any, prog: str, then: str, given: Sequence[str], config: Any) -> int:
+    """Says what a training command made and what comes next; returns its exit code.
+
+    given: the command's arguments, from which config was made.
+    """
     paths = outcome.paths
     if outcome.code:
-        print(f"stopped; go on with: {prog} --auto-resume (and the same settings)")
+        print(f"stopped; go on with: {again(prog, given, config)}")
         return outcome.code
     print(f"checkpoint  {paths.latest}")
     print(f"records     {paths.runs}")
-    print(f"next        {then} {shlex.quote(str(paths.latest))}")
+    print(f"next        {runnable(then)} {shlex.quote(str(paths.latest))}")
     return 0
+
+
+def again(prog: str, given: Sequence[str], config: Any, resume: str = "--auto-resume") -> str:
+    """The line that goes on with a stopped command, in the folder where it was given: to be copied into a shell."""
+    more = [resume] if resume not in given or f"--no-{resume.lstrip('-')}" in given else []
+    if config.outdir is None and (scratch := os.environ.get("SCRATCH")):
+        more += ["--outdir", scratch]  # it may have been set for that command alone
+    return f"{runnable(prog)} {shlex.join([*given, *more])}"
+
+
+def runnable(command: str) -> str:
+    """A command that begins with "python" for a shell whose "python" may be another than this one, or missing."""
+    path, here = shutil.which("python"), os.getcwd()
+    if path and os.path.abspath(path) == sys.executable:
+        return command
+    inside = sys.executable.startswith(os.path.join(here, ""))
+    python = os.path.relpath(sys.executable, here) if inside else sys.executable
+    return shlex.quote(python) + command.removeprefix("python")

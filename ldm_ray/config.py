@@ -39,7 +39,7 @@ SPACES = ("latent", "pixel")
 class RunConfig(Config):
     """What every training command shares."""
 
-    dataset: str = option("auto", DATASET_HELP)
+    dataset: str = option("auto", DATASET_HELP, resume="free")  # a resume compares the images themselves
     cache_dir: str | None = option(None, CACHE_HELP, kind=str, resume="free")
     outdir: str | None = option(
         None,

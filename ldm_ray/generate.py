@@ -24,6 +24,7 @@ from ldm_ray import cli
 from ldm_ray.config import outdir
 from ldm_ray.dataset.config import GenerateConfig, VerifyConfig
 from ldm_ray.errors import ConfigError
+from ldm_ray.hold import hold
 from ldm_ray.paths import AnyPath, to_path
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         output = Path(config.output or f"{config.requests}.answers.jsonl").expanduser()
         return answer_file(Path(config.requests).expanduser(), output, load_model(config, path), config)
-    return generate(config, path)
+    with contextlib.ExitStack() as held:
+        return generate(config, path, held)
 
 
 def verify(argv: Sequence[str]) -> int:
@@ -118,9 +120,12 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     )
 
 
-def generate(config: GenerateConfig, path: AnyPath) -> int:
-    """Makes what is missing of the dataset; starts no Ray where nothing is."""
-    from ldm_ray.dataset import finish, request, shards
+def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) -> int:
+    """Makes what is missing of the dataset; starts no Ray where nothing is. held: has the folder while it is written.
+
+    ConfigError when another command has it, or it holds another request.
+    """
+    from ldm_ray.dataset import finish, shards
     from ldm_ray.devices import pick_device
     from ldm_ray.generator import fingerprint_of
     from ldm_ray.store import Store
@@ -133,13 +138,16 @@ def generate(config: GenerateConfig, path: AnyPath) -> int:
             local = pick_device(config.device)
             device, engine = local.type, fingerprint_of(local, config.precision)
         asked = request_of(config, model, engine)
-        found = request.check(store, asked, config.resume)
-        records = shards.committed(store, asked) if found else {}
+        found, records = made_before(config, store, asked)
         if config.dry_run:
             from ldm_ray.dataset.estimate import estimate
 
             print(estimate(config, model, asked, store, records, device))
             return 0
+        writes = config.npz or not finish.is_finished(store, asked, records)
+        if writes:  # a finished folder may be read-only
+            held.enter_context(hold(Path(store.root) if store.is_local else to_path(config.outdir)))
+            found, records = made_before(config, store, asked)  # another command may have had it until now
         ae_ckpt = str(to_path(config.ae_ckpt).absolute()) if config.ae_ckpt else None
         manifest = found or asked.manifest(str(path), ae_ckpt, device)
         if len(records) < asked.num_shards:
@@ -159,7 +167,8 @@ def generate(config: GenerateConfig, path: AnyPath) -> int:
     finish.finish(store, asked, records, manifest)
     if config.npz:
         finish.write_npz(store, asked, records)
-    store.clean()
+    if writes:
+        store.clean()
     size = sum(record.bytes for record in records.values())
     print(f"dataset      {store}: {asked.count:,} images in {asked.num_shards:,} shards, {size / 1e6:,.1f} MB")
     print(f"hash         {finish.dataset_hash(records)}")
@@ -167,6 +176,16 @@ def generate(config: GenerateConfig, path: AnyPath) -> int:
         print(f"for metrics  {store}/{finish.NPZ}")
     print(f"check        {PROG} verify {shlex.quote(str(store))}")
     return 0
+
+
+def made_before(
+    config: GenerateConfig, store: Store, asked: Request
+) -> tuple[dict[str, Any] | None, dict[int, Record]]:
+    """(manifest of the folder, if it has one; records of its shards). ConfigError when they are not what is asked."""
+    from ldm_ray.dataset import request, shards
+
+    manifest = request.check(store, asked, config.resume)
+    return manifest, shards.committed(store, asked) if manifest else {}
 
 
 def join(stack: contextlib.ExitStack, config: GenerateConfig) -> tuple[str, str]:

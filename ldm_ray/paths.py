@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -90,7 +94,9 @@ class RemotePath:
         return self
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there with its first file."""
+        """Nothing: a folder is there with its first file. FileExistsError as of a folder."""
+        if not exist_ok and self.store.sizes(self.key):
+            raise FileExistsError(f"{self} is there already")
 
     def _asked(self, ask: Callable[[str], Any]) -> Any:
         """What the store says of the name. FileNotFoundError, else DataError in one line."""
@@ -177,6 +183,11 @@ def look_every(path: AnyPath, on_disk: float) -> float:
     return REMOTE_S if isinstance(path, RemotePath) else on_disk
 
 
+def unique() -> str:
+    """A part of a name that no other process on any machine takes."""
+    return uuid.uuid4().hex[:16]
+
+
 def write_bytes(path: AnyPath, data: bytes | memoryview, durable: bool = False) -> None:
     """Writes a file at once or not at all: under a temporary name on a disk, whose name is changed then.
 
@@ -186,7 +197,7 @@ def write_bytes(path: AnyPath, data: bytes | memoryview, durable: bool = False) 
         path.write_bytes(bytes(data))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{unique()}")
     try:
         with partial.open("wb") as stream:
             stream.write(data)
@@ -196,6 +207,33 @@ def write_bytes(path: AnyPath, data: bytes | memoryview, durable: bool = False) 
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_at_once(folder: AnyPath, last: str) -> Iterator[AnyPath]:
+    """A new folder beside ``folder``, to be filled within, that takes its place at the end.
+
+    last: the file that makes a folder complete. One that is complete by then stays, since others may be reading it.
+    In an object store the folder itself is filled: each file appears there at once.
+    """
+    if isinstance(folder, RemotePath):
+        yield folder
+        return
+    beside = folder.with_name(f".{folder.name}.partial-{unique()}")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if (folder / last).exists():
+            return
+        try:
+            beside.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            for file in sorted(beside.iterdir(), key=lambda file: file.name == last):  # into an unfinished folder
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def append_line(path: AnyPath, line: str) -> None:

@@ -21,6 +21,7 @@ from ldm_ray.paths import AnyPath
 from ldm_ray.safe_load import state_dict_of
 
 MAX_TIMESTEPS = 100_000
+UNFINISHED = "unfinished"
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,12 @@ class AutoencoderCheckpoint:
     sha256: str
     only_digit: int | None = None
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unfinished(self) -> str:
+        """How far its training had come, where that is not the end: "unfinished, epoch 2 of 40"; else empty."""
+        state = str(self.info.get("state", ""))
+        return state if state.startswith(UNFINISHED) else ""
 
 
 def denoiser_of(content: dict[str, Any], pixels: bool, path: AnyPath) -> ConditionedDenoiser:

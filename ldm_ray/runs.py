@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from ldm_ray.checkpoint import AutoencoderCheckpoint, load_autoencoder, read
 from ldm_ray.config import SPACES, AutoencoderConfig, RunConfig
 from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.hold import new_folder, time_in
 from ldm_ray.models.registry import REGISTRY
-from ldm_ray.paths import AnyPath
+from ldm_ray.paths import AnyPath, unique
 
 log = logging.getLogger(__name__)
 
@@ -95,28 +96,36 @@ def run_stem(config: RunConfig) -> str:
     return f"{config.space}-diffusion-{start}-T{config.num_train_timesteps}-seed{config.seed}"  # type: ignore[attr-defined]
 
 
-def new_run(config: RunConfig, outdir: AnyPath) -> RunPaths:
-    """A run that has no files yet."""
-    stem, moment = run_stem(config), time.time()
-    while True:
-        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(moment))}"
-        if not (outdir / "checkpoints" / name).exists():
-            return RunPaths(outdir, name)
-        moment += 1
+def new_run(config: RunConfig, outdir: AnyPath, held: ExitStack) -> RunPaths:
+    """A run that nobody else has: it creates the folder that its name is, and holds it until the stack closes."""
+    return RunPaths(outdir, new_folder(outdir / "checkpoints", run_stem(config), held).name)
 
 
 def newest_run(config: RunConfig, outdir: AnyPath) -> RunPaths | None:
     """The newest run of this stem that has a checkpoint."""
-    files = (outdir / "checkpoints").glob(f"{run_stem(config)}-????????-??????/latest.pt")
-    found: list[AnyPath] = sorted(files, key=str)
-    return RunPaths(outdir, found[-1].parent.name) if found else None
+    files = newest_first((outdir / "checkpoints").glob(f"{run_stem(config)}-????????-??????/latest.pt"))
+    return RunPaths(outdir, files[0].parent.name) if files else None
+
+
+def newest_first(files: Iterable[AnyPath]) -> list[AnyPath]:
+    """Files of runs, those of the run that was begun last first: every command's "newest".
+
+    A run was begun at the time that its folder is named after; for other folders the file's own time counts. What
+    cannot be looked at, such as a link to nowhere, is left out.
+    """
+    aged = []
+    for file in files:
+        with suppress(OSError):
+            changed, begun = file.stat().st_mtime, time_in(file.parent.name)
+            aged.append((changed if begun is None else begun, changed, str(file), file))
+    return [file for *_, file in sorted(aged, key=lambda each: each[:3], reverse=True)]
 
 
 def check_writable(outdir: AnyPath) -> None:
     """Makes the directory, or says in one line why it cannot be used."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)
-        probe = outdir / ".write-test"
+        probe = outdir / f".write-test-{unique()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -125,8 +134,9 @@ def check_writable(outdir: AnyPath) -> None:
 
 def diffusion_checkpoints(base: AnyPath, spaces: Sequence[str] = SPACES) -> list[AnyPath]:
     """The ``latest.pt`` of every denoiser run under an output directory, the newest first."""
-    found = [file for space in spaces for file in (base / "checkpoints").glob(f"{space}-diffusion-*/latest.pt")]
-    return sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
+    return newest_first(
+        file for space in spaces for file in (base / "checkpoints").glob(f"{space}-diffusion-*/latest.pt")
+    )
 
 
 def newest_diffusion(base: AnyPath, spaces: Sequence[str] = SPACES) -> AnyPath | None:
@@ -139,16 +149,15 @@ def find_autoencoder(
 ) -> AutoencoderCheckpoint | None:
     """The newest autoencoder checkpoint under a folder, by registered type in order: Conv first, then MLP.
 
-    kinds: only these types. One trained on a single digit is taken only for that digit. Unreadable files
-    are passed over with a note.
+    kinds: only these types. One trained on a single digit is taken only for that digit. Unreadable files and those
+    of a training that did not end are passed over with a note.
     """
     files = [file for file in folder.rglob("*.pt") if not file.name.startswith(".")]
     settled = {file.parent for file in files if file.name == "latest.pt"}
     files = [file for file in files if file.name == "latest.pt" or file.parent not in settled]
-    files.sort(key=lambda file: (file.stat().st_mtime, str(file)), reverse=True)
     wanted = list(kinds or REGISTRY)
     best: dict[str, AutoencoderCheckpoint] = {}
-    for file in files:
+    for file in newest_first(files):
         try:
             if read(file)[1] != "autoencoder":
                 continue
@@ -158,6 +167,12 @@ def find_autoencoder(
             continue
         if found.only_digit not in (None, only_digit):
             log.info("passed over: %s was trained on digit %s alone", file, found.only_digit)
+            continue
+        if found.unfinished:
+            log.warning(
+                "not taken: %s is %s; --auto-resume with the settings it was begun with finishes it, --ae-ckpt takes "
+                "it as it is", file, found.unfinished
+            )  # fmt: skip
             continue
         best.setdefault(found.codec.kind, found)
         if wanted[0] in best:

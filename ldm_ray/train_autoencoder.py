@@ -9,6 +9,7 @@ Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop; the exit code is then 12
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from ldm_ray import cli
@@ -18,10 +19,11 @@ PROG = "python -m ldm_ray.train_autoencoder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = cli.parse_config(AutoencoderConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    config = cli.parse_config(AutoencoderConfig, cli.Parser(prog=PROG, description=__doc__), given)
     from ldm_ray.distributed.pipeline import train_autoencoder
 
-    return cli.close(train_autoencoder(config), PROG, "python -m ldm_ray.train --ae-ckpt")
+    return cli.close(train_autoencoder(config), PROG, "python -m ldm_ray.train --ae-ckpt", given, config)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ search with what it has; the exit code is then 128 + the signal's number.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from space import SearchConfig
 
 from ldm_ray import checkpoint, cli, runs
 from ldm_ray.config import TrainConfig, outdir
+from ldm_ray.data.identity import changes, record_of
 from ldm_ray.errors import ConfigError, LdmError
+from ldm_ray.hold import hold, new_folder
 from ldm_ray.paths import to_path, write_bytes
 
 PROG = "python tune/search.py"
@@ -48,12 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "its --ae-ckpt may be in an object store"
         )
     runs.check_writable(base)
-    paths = paths_of(config, base)
-    go_on = f"stopped; go on with: {PROG} {shlex.join([flag for flag in given if flag != '--resume'])} --resume"
+    with contextlib.ExitStack() as held:
+        return run(config, base, paths_of(config, base, held), given)
+
+
+def run(config: SearchConfig, base: Path, paths: SearchPaths, given: list[str]) -> int:
+    """The search in its folder; its exit code. given: the command's arguments."""
+    here = f"python {shlex.quote(os.path.relpath(__file__))}"
+    go_on = f"stopped; go on with: {cli.again(here, given, config, '--resume')}"
     from ldm_ray.distributed import pipeline
     from ldm_ray.distributed.cluster import connected
 
-    train = config.train_config()
+    train = config.train_config(auto_resume=config.resume)  # of an autoencoder that a stop has left unfinished
     found = pipeline.autoencoder_of(train, base, None)
     with connected():
         latents = pipeline.latents_of(train, base, found)
@@ -65,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(go_on)
         if code or trained is None:
             return code
-        print(f"next        python -m ldm_ray.train --config {paths.best_config}")
+        training = ["--config", str(paths.best_config)]
+        print(f"next        {cli.runnable('python -m ldm_ray.train')} {shlex.join(training)}")
         if config.train_best:
-            return cli.close(pipeline.train(trained), "python -m ldm_ray.train", "python -m ldm_ray.infer --ckpt")
+            outcome = pipeline.train(trained)
+            return cli.close(outcome, "python -m ldm_ray.train", "python -m ldm_ray.infer --ckpt", training, trained)
     return 0
 
 
@@ -78,12 +88,10 @@ def search(config: SearchConfig, paths: SearchPaths, latents: Any, base: Path) -
     """
     from engine import Engine
 
-    from ldm_ray.distributed.encode import identity_of
-
-    identity = identity_of(latents.source, latents.autoencoder)
-    records = records_of(config, paths, identity)
+    data = record_of(latents.source, latents.autoencoder)
+    records = records_of(config, paths, data)
     engine = Engine(config, paths, latents)
-    state = {"config": config.to_dict(), "data": identity, "floor": engine.floor, "versions": checkpoint.versions()}
+    state = {"config": config.to_dict(), "data": data, "floor": engine.floor, "versions": checkpoint.versions()}
     write_bytes(paths.search, (json.dumps(state, indent=1) + "\n").encode())
     code = engine.run(records)
     best = records.best
@@ -119,30 +127,33 @@ def show(paths: SearchPaths, records: Records, floor: float, config: SearchConfi
     print(f"best        {paths.best_config}")
 
 
-def paths_of(config: SearchConfig, base: Path) -> SearchPaths:
-    """The folder of a new search, or of the one to go on with: ``--name``, or the newest. ConfigError otherwise."""
+def paths_of(config: SearchConfig, base: Path, held: contextlib.ExitStack) -> SearchPaths:
+    """The folder of a new search, or of the one to go on with: ``--name``, or the newest. ConfigError otherwise.
+
+    It is held until the stack closes.
+    """
     folder = base / "tune"
     if config.resume:
         pattern = f"{config.name or '*'}/search.json"
-        found = max(folder.glob(pattern), key=lambda file: file.stat().st_mtime, default=None)
-        if found is not None:
-            return SearchPaths(found.parent)
+        for newest in runs.newest_first(folder.glob(pattern)):
+            held.enter_context(hold(newest.parent))
+            return SearchPaths(Path(str(newest.parent)))
         log.info("--resume: no search in %s; starting a new one", folder / (config.name or ""))
-    paths = SearchPaths(folder / (config.name or time.strftime("search-%Y%m%d-%H%M%S")))
+    if config.name is None:
+        return SearchPaths(Path(str(new_folder(folder, "search", held))))
+    paths = SearchPaths(folder / config.name)
+    held.enter_context(hold(paths.folder))
     if paths.search.exists():
         raise ConfigError(f"{paths.folder} is there already: --resume goes on with it, another --name is a new search")
     return paths
 
 
-def records_of(config: SearchConfig, paths: SearchPaths, identity: dict[str, Any]) -> Records:
+def records_of(config: SearchConfig, paths: SearchPaths, data: dict[str, Any]) -> Records:
     """Of a new search, or those to go on from. ConfigError when the earlier search was another one."""
     if not paths.search.exists():
         return Records(paths.trials, [])
     before = read_search(paths)
-    changed = config.differences(before["config"])
-    changed += [
-        f"{key} {old} then, {identity.get(key)} now" for key, old in before["data"].items() if identity.get(key) != old
-    ]
+    changed = config.differences(before["config"]) + changes(before["data"], data)
     if changed:
         raise ConfigError(
             f"--resume: {paths.folder.name} is another search ({'; '.join(changed)}); give the same settings, "

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm_ray.errors import DataError
 from ldm_ray.models.codec import LatentStatistics
-from ldm_ray.paths import AnyPath, write_bytes
+from ldm_ray.paths import AnyPath, folder_at_once, write_bytes
 
 MANIFEST = "manifest.json"
 ROWS_PER_FILE = 1_000_000
@@ -60,21 +60,22 @@ def is_complete(folder: AnyPath) -> bool:
 
 
 def write_examples(folder: AnyPath, table: pa.Table, column: str, identity: dict[str, Any]) -> None:
-    """Writes the table (``column``, label, index; sorted by index) and, last, the manifest."""
+    """Writes the table (``column``, label, index; sorted by index) and, last, the manifest.
+
+    A folder that is complete already stays as it is: others may be reading it.
+    """
     manifest: dict[str, Any] = {"fingerprint": fingerprint(identity), "identity": identity, "count": table.num_rows}
     if column == "latent":
         statistics = LatentStatistics.of(torch.from_numpy(_vectors(table, column)))
         manifest |= {"mean": statistics.mean.tolist(), "covariance": statistics.covariance.tolist()}
     table = table.replace_schema_metadata({"ldm_ray": json.dumps(manifest)})
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    for number, start in enumerate(range(0, table.num_rows, ROWS_PER_FILE)):
-        part = table.slice(start, ROWS_PER_FILE)
-        sink = pa.BufferOutputStream()
-        pq.write_table(part, sink, compression="zstd")
-        write_bytes(folder / f"part-{number:05d}.parquet", sink.getvalue())
-    write_bytes(folder / MANIFEST, json.dumps(manifest | {"column": column}, indent=1).encode())
+    with folder_at_once(folder, MANIFEST) as new:
+        for number, start in enumerate(range(0, table.num_rows, ROWS_PER_FILE)):
+            part = table.slice(start, ROWS_PER_FILE)
+            sink = pa.BufferOutputStream()
+            pq.write_table(part, sink, compression="zstd")
+            write_bytes(new / f"part-{number:05d}.parquet", sink.getvalue())
+        write_bytes(new / MANIFEST, json.dumps(manifest | {"column": column}, indent=1).encode())
 
 
 def read_examples(folder: AnyPath) -> Examples:

@@ -39,10 +39,16 @@ def dataset_hash(records: Mapping[int, Record]) -> str:
     return hashlib.sha256(sums(records).encode()).hexdigest()
 
 
+def is_finished(store: Store, request: Request, records: Mapping[int, Record]) -> bool:
+    """Whether nothing is missing but ``images.npz``."""
+    sizes = store.sizes()
+    written = {SUMS, CARD, PREVIEW} <= sizes.keys() and sizes[SUMS] == len(sums(records))
+    return written and len(records) == request.num_shards
+
+
 def finish(store: Store, request: Request, records: Mapping[int, Record], manifest: Mapping[str, Any]) -> None:
     """Writes what is missing of card, preview and, last, SHA256SUMS."""
-    there = store.sizes()
-    if {SUMS, CARD, PREVIEW} <= there.keys() and there[SUMS] == len(sums(records)):
+    if is_finished(store, request, records):
         return
     shown = [decode_png(row.png) for row in islice(dataset_rows(store, request, {0: records[0]}), PREVIEWED)]
     store.write(PREVIEW, encode_png(grid(torch.from_numpy(np.stack(shown))[:, None])))

@@ -15,7 +15,7 @@ import ray
 import ldm_ray
 from ldm_ray.devices import pick_device
 from ldm_ray.errors import ConfigError
-from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.paths import AnyPath, to_path, unique
 
 log = logging.getLogger(__name__)
 # Train releases each report when its controller polls: every 2 s by default, which would pace short epochs.
@@ -125,7 +125,7 @@ def check_shared(folder: AnyPath) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    mark = folder / ".seen-by-all-nodes"
+    mark = folder / f".seen-by-all-nodes-{unique()}"  # of this command alone
     mark.touch()
 
     @ray.remote(num_cpus=0)

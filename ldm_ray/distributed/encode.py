@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +12,9 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-import ldm_ray
 from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_examples
+from ldm_ray.data.identity import identity_of
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
 from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
@@ -51,24 +49,6 @@ class Encoder:
             pixels = to_float(torch.from_numpy(images)[:, None].to(self.device))
             name, vectors = "latent", self.codec.encode(pixels).cpu().numpy()
         return pa.table({name: fixed_size(vectors), "label": batch["label"], "index": batch["index"]})
-
-
-def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
-    """What the examples follow from."""
-    return {
-        "autoencoder_sha256": autoencoder.sha256 if autoencoder else None,
-        "dataset": source.name if "/" not in source.name or not Path(source.name).is_absolute() else "folder",
-        "revision": source.revision,
-        "split": source.split,
-        "only_digit": source.only_digit,
-        "version": ldm_ray.__version__,
-    }
-
-
-def record_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
-    """A checkpoint's ``data``: the identity of its examples, and what does not change them."""
-    shape = {"image_size": list(source.image_size), "class_names": list(source.class_names)}
-    return identity_of(source, autoencoder) | shape
 
 
 def encode(

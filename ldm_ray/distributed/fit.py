@@ -53,10 +53,11 @@ class Trainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]  # type: ignore[misc]
 
 
-def run(job: Job, test: ImageSource | None = None) -> int:
+def run(job: Job, test: ImageSource | None = None, goes_on: bool = False) -> int:
     """Trains to the end; the command's exit code: 0, or 128 + the signal that stopped it.
 
-    test: what ``--evaluate-every`` compares with.
+    test: what ``--evaluate-every`` compares with. goes_on: the command has more to do, so that a signal stops it even
+    where training has just ended.
 
     Raises LdmError when training diverged or workers were lost too often.
     """
@@ -99,7 +100,7 @@ def run(job: Job, test: ImageSource | None = None) -> int:
     with StopRequest(paths.stop) as request:
         thread.start()
         Watch(job).until(thread)
-        code = 128 + request.received if request.received and not finished(job) else 0
+        code = 128 + request.received if request.received and (goes_on or not finished(job)) else 0
     if "error" in outcome:
         raise failure(outcome["error"], job)
     if paths.diverged.exists():

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.classes import numbered
 from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig, cache_dir, outdir
 from ldm_ray.data.examples import read_examples
+from ldm_ray.data.identity import changes, record_of
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.distributed import fit
 from ldm_ray.distributed.cluster import connected, use_gpu
-from ldm_ray.distributed.encode import encode, record_of
+from ldm_ray.distributed.encode import encode
 from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.hold import hold
 from ldm_ray.models.registry import check_size
 from ldm_ray.models.unet import check_unet
 from ldm_ray.paths import AnyPath, Mirror, to_path, write_bytes
@@ -42,10 +44,12 @@ def train_autoencoder(config: AutoencoderConfig) -> Outcome:
     """``python -m ldm_ray.train_autoencoder``: images → pixels (Ray Data) → autoencoder (Ray Train)."""
     base = outdir(config.outdir)
     runs.check_writable(base)
-    with connected():
-        use_gpu(config.device)
-        source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
-        return _fit_autoencoder(config, source, base)
+    with ExitStack() as held:
+        before = resumed(config, base, held)
+        with connected():
+            use_gpu(config.device)
+            source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
+            return _fit_autoencoder(config, source, base, held, before)
 
 
 def train(config: TrainConfig) -> Outcome:
@@ -56,7 +60,12 @@ def train(config: TrainConfig) -> Outcome:
     """
     base = outdir(config.outdir)
     runs.check_writable(base)
-    paths, content = resumed(config, base)
+    with ExitStack() as held:
+        return _train(config, base, held)
+
+
+def _train(config: TrainConfig, base: AnyPath, held: ExitStack) -> Outcome:
+    paths, content = resumed(config, base, held)
     pixels, found = config.space == "pixel", None
     if not pixels:
         found = autoencoder_of(config, base, content)
@@ -72,7 +81,7 @@ def train(config: TrainConfig) -> Outcome:
             found = latents.whitened if content is None and config.whiten else latents.autoencoder
         cache = cache_dir(config.cache_dir)
         test = load_source(config.dataset, "test", cache, config.only_digit) if config.evaluate_every else None
-        return _fit(config, source, folder, base, paths, content, found, test)
+        return _fit(config, source, folder, base, held, paths, content, found, test)
 
 
 def pixels_of(config: TrainConfig, base: AnyPath) -> tuple[ImageSource, AnyPath]:
@@ -107,11 +116,13 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
     source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
     if found is None:
         kind = "conv" if gpu and not any(side % 2 for side in source.image_size) else "mlp"
-        log.info("no autoencoder checkpoint found: training one first (%s)", kind)
+        log.info("no finished autoencoder found: training one first (%s)", kind)
         shared = ("recipe", "dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
         settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
         first = AutoencoderConfig(**settings, model=kind, outdir=str(base), auto_resume=config.auto_resume)
-        outcome = _fit_autoencoder(first, source, base)
+        with ExitStack() as held:
+            before = resumed(first, base, held)
+            outcome = _fit_autoencoder(first, source, base, held, before, goes_on=True)
         if outcome.code:
             return outcome
         found = checkpoint.load_autoencoder(outcome.paths.latest)
@@ -130,11 +141,18 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
     return Latents(source, folder, found)
 
 
-def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: AnyPath) -> Outcome:
+def _fit_autoencoder(
+    config: AutoencoderConfig,
+    source: ImageSource,
+    base: AnyPath,
+    held: ExitStack,
+    before: tuple[RunPaths | None, dict[str, Any] | None],
+    goes_on: bool = False,
+) -> Outcome:
+    """before: of ``resumed``."""
     check_size(config.model, source.image_size)
-    paths, content = resumed(config, base)
     folder = encode(source, None, base, config.encode_workers, config.device)
-    return _fit(config, source, folder, base, paths, content, None)
+    return _fit(config, source, folder, base, held, *before, None, goes_on=goes_on)
 
 
 def _fit(
@@ -142,45 +160,54 @@ def _fit(
     source: ImageSource,
     folder: AnyPath,
     base: AnyPath,
+    held: ExitStack,
     paths: RunPaths | None,
     content: dict[str, Any] | None,
     autoencoder: AutoencoderCheckpoint | None,
     test: ImageSource | None = None,
+    goes_on: bool = False,
 ) -> Outcome:
-    """Trains a new run, or goes on with the one of ``content``."""
+    """Trains a new run, which is held by the stack, or goes on with the one of ``content``.
+
+    goes_on: more work follows, which a stop request in the last epoch is meant for as well.
+    """
     data = record_of(source, autoencoder)
     if content is not None:
         assert paths is not None
         if "class_names" not in content["data"]:  # a run of an earlier version, whose denoiser has ten classes
             data["class_names"] = list(numbered(10))
-        changed = [f"{key} {old} then, {data[key]} now" for key, old in content["data"].items() if data[key] != old]
-        if changed:
-            raise ConfigError(f"--auto-resume: {paths.name} was trained on other data ({'; '.join(changed)})")
+        if changed := changes(content["data"], data):
+            raise ConfigError(
+                f"--auto-resume: {paths.name} was trained on other data ({'; '.join(changed)}); name those images by "
+                "--dataset, or leave --auto-resume out for a new run"
+            )
         state = content["training"]
         if state["finished"] or state["epoch"] >= config.epochs:
             log.info("%s: already finished with epoch %d; nothing left to do", paths.name, state["epoch"])
             return Outcome(paths, 0)
         log.info("going on with %s after epoch %d, step %d", paths.name, state["epoch"], state["step"])
-    paths = paths or runs.new_run(config, base)
+    paths = paths or runs.new_run(config, base, held)
     record = {"config": config.to_dict(), "data": data, "examples": folder.name, "versions": checkpoint.versions()}
     write_bytes(paths.config, json.dumps(record, indent=1).encode())
     embedded = checkpoint.embed(autoencoder) if autoencoder else None
     with log_file(paths.log):
         log.info("run %s: %s images of %s", paths.name, f"{len(source):,}", source.name)
-        code = fit.run(Job(config, paths, folder, data, embedded), test)
+        code = fit.run(Job(config, paths, folder, data, embedded), test, goes_on)
     return Outcome(paths, code)
 
 
-def resumed(config: RunConfig, base: AnyPath) -> tuple[RunPaths | None, dict[str, Any] | None]:
+def resumed(config: RunConfig, base: AnyPath, held: ExitStack) -> tuple[RunPaths | None, dict[str, Any] | None]:
     """(paths, checkpoint) of the newest run of these settings under ``--auto-resume``, else (None, None).
 
-    Raises ConfigError when that run's configuration differs, with what differs.
+    The run is held until the stack closes. Raises ConfigError when another command has it, or when its configuration
+    differs, with what differs.
     """
     paths = runs.newest_run(config, base) if config.auto_resume else None
     if paths is None:
         if config.auto_resume:
             log.info("--auto-resume: no run %s-… in %s; starting a new one", runs.run_stem(config), base)
         return None, None
+    held.enter_context(hold(paths.checkpoints))
     content, _ = checkpoint.read(paths.latest)
     if not isinstance(content.get("training"), dict):
         raise CheckpointError(f"--auto-resume: {paths.latest} holds no training state")
@@ -211,6 +238,8 @@ def autoencoder_of(config: TrainConfig, base: AnyPath, content: dict[str, Any] |
             raise ConfigError(
                 f"--ae-ckpt-dir {folder} holds no autoencoder checkpoint that suits; name one by --ae-ckpt"
             )
+    if given and given.unfinished:
+        log.warning("WARNING: the autoencoder %s is %s", given.path, given.unfinished)
     if given and given.only_digit not in (None, config.only_digit):
         log.warning("WARNING: the autoencoder was trained on digit %s alone", given.only_digit)
     return given

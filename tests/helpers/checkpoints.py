@@ -54,7 +54,7 @@ def write_pixels(path: Path) -> None:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     content = torch.load(path, weights_only=True)
-    return {f"{part}.{name}": tensor for part in ("model", "ema") for name, tensor in content[part].items()}
+    return {f"{part}.{name}": tensor for part in ("model", "ema") for name, tensor in content.get(part, {}).items()}
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -1,18 +1,15 @@
-"""Settings, flags, run names and the discovery of autoencoders."""
+"""Settings and flags."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ldm_ray import checkpoint, runs
 from ldm_ray.cli import Parser, parse_config
 from ldm_ray.config import (
     AutoencoderConfig,
@@ -22,8 +19,7 @@ from ldm_ray.config import (
     cache_dir,
     outdir,
 )
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.models import registry
+from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, flag_of, kind_of
 
 CONFIGS: list[type[Config]] = [AutoencoderConfig, TrainConfig, InferConfig, SamplingConfig]
@@ -237,93 +233,3 @@ def test_unknown_flags_are_one_line_and_exit_2(argv: list[str], capsys: pytest.C
         parse(TrainConfig, *argv)
     shown = capsys.readouterr()
     assert stop.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1 and argv[0] in shown.err
-
-
-# --- run names ---
-
-
-@pytest.mark.parametrize(("digit", "name"), [(None, "dall"), (7, "d7"), (0, "d0")])
-def test_run_names_are_the_contract(tmp_path: Path, digit: int | None, name: str) -> None:
-    paths = runs.new_run(TrainConfig(recipe="classic", only_digit=digit), tmp_path)
-    assert re.fullmatch(rf"latent-diffusion-{name}-bs128-lr0\.0002-T1000-seed42-\d{{8}}-\d{{6}}", paths.name)
-    assert paths.checkpoint(1) == tmp_path / "checkpoints" / paths.name / "checkpoint_epoch_000001.pt"
-    assert paths.latest == paths.checkpoints / "latest.pt"
-    assert paths.sample(1) == tmp_path / "samples" / paths.name / "epoch_000001.png"
-    assert paths.runs == tmp_path / "runs" / paths.name and paths.log == tmp_path / "logs" / f"{paths.name}.log"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_runs_in_one_second_have_two_names(tmp_path: Path) -> None:
-    names = set()
-    for _ in range(3):
-        paths = runs.new_run(TrainConfig(), tmp_path)
-        paths.checkpoints.mkdir(parents=True)
-        names.add(paths.name)
-    assert len(names) == 3
-
-
-def test_the_newest_run_is_of_these_settings_and_has_a_checkpoint(tmp_path: Path) -> None:
-    stem = runs.run_stem(TrainConfig())
-    for name in (f"{stem}-20250101-000000", f"{stem}-20250102-000000", f"{stem}2-20250103-000000"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "latest.pt").touch()
-    (tmp_path / "checkpoints" / f"{stem}-20250104-000000").mkdir()
-    found = runs.newest_run(TrainConfig(), tmp_path)
-    assert found is not None and found.name == f"{stem}-20250102-000000"
-    assert runs.newest_run(TrainConfig(lr=0.1), tmp_path) is None
-
-
-def test_an_output_directory_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written") as error:
-        runs.check_writable(tmp_path / "file" / "out")
-    assert "\n" not in str(error.value)
-
-
-# --- discovery ---
-
-
-def autoencoder(path: Path, kind: str, age: int, only_digit: int | None = None) -> Path:
-    content = checkpoint.autoencoder_content(registry.build(kind, 4), kind, {"only_digit": only_digit})
-    checkpoint.write(path, content)
-    os.utime(path, (1_700_000_000 - age,) * 2)
-    return path
-
-
-def found(*args: Any) -> str | None:
-    result = runs.find_autoencoder(*args)
-    return result.path if result else None
-
-
-def test_discovery_takes_conv_before_mlp_and_the_newest(tmp_path: Path) -> None:
-    assert found(tmp_path) is None
-    mlp = autoencoder(tmp_path / "a" / "new.pt", "mlp", age=0)
-    assert found(tmp_path) == str(mlp)
-    autoencoder(tmp_path / "b" / "old.pt", "conv", age=500)
-    conv = autoencoder(tmp_path / "c" / "d" / "newer.pt", "conv", age=100)
-    assert found(tmp_path) == str(conv)
-    assert found(tmp_path, None, ["mlp"]) == str(mlp)
-
-
-def test_discovery_prefers_latest_within_a_run(tmp_path: Path) -> None:
-    latest = autoencoder(tmp_path / "run" / "latest.pt", "mlp", age=50)
-    autoencoder(tmp_path / "run" / "checkpoint_epoch_000001.pt", "mlp", age=0)
-    assert found(tmp_path) == str(latest)
-
-
-def test_discovery_takes_a_single_digit_only_for_that_digit(tmp_path: Path) -> None:
-    every = autoencoder(tmp_path / "all.pt", "mlp", age=900)
-    seven = autoencoder(tmp_path / "seven.pt", "mlp", age=0, only_digit=7)
-    assert found(tmp_path) == str(every) and found(tmp_path, 3) == str(every)
-    assert found(tmp_path, 7) == str(seven)
-
-
-def test_discovery_passes_over_what_it_cannot_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    good = autoencoder(tmp_path / "good.pt", "conv", age=900)
-    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:5000])
-    (tmp_path / "empty.pt").touch()
-    autoencoder(tmp_path / ".latest.pt.partial.pt", "conv", age=0)
-    with pytest.raises(CheckpointError):
-        checkpoint.read(tmp_path / "cut.pt")
-    assert found(tmp_path) == str(good)
-    assert "cut.pt" in caplog.text and "empty.pt" in caplog.text

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -277,6 +280,45 @@ def test_unfinished_examples_are_never_read(tmp_path: Path) -> None:
     pq.write_table(latents(99)[1], tmp_path / "part-00000.parquet")
     with pytest.raises(DataError, match="does not hold the 100 rows"):
         examples.read_examples(tmp_path)
+
+
+def test_examples_that_others_may_be_reading_are_never_taken_away(tmp_path: Path) -> None:
+    """Several first runs over the same images write the same folder."""
+    folder, table = tmp_path / "latents" / "x", latents()[1]
+    together = Barrier(6)
+
+    def write_and_read(_: int) -> int:
+        together.wait()
+        examples.write_examples(folder, table, "latent", {})
+        return sum(len(examples.read_examples(folder)) for _ in range(5))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(write_and_read, range(6))) == [500] * 6
+    before = {file: file.stat().st_ino for file in folder.iterdir()}
+    examples.write_examples(folder, table, "latent", {})
+    assert {file: file.stat().st_ino for file in folder.iterdir()} == before
+    assert [entry.name for entry in (tmp_path / "latents").iterdir()] == ["x"]
+
+
+def test_examples_appear_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, (vectors, table) = tmp_path / "latents" / "x", latents()
+    original = examples.write_bytes
+
+    def full_disk(path: Path, data: bytes) -> None:
+        assert not folder.exists()
+        if path.name == examples.MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(examples, "write_bytes", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            examples.write_examples(folder, table, "latent", {})
+    assert list((tmp_path / "latents").iterdir()) == []
+    folder.mkdir()
+    pq.write_table(latents(7)[1], folder / "part-00000.parquet")  # left by a run of an earlier version
+    examples.write_examples(folder, table, "latent", {})
+    assert np.array_equal(examples.read_examples(folder).vectors, vectors)
 
 
 @pytest.mark.parametrize(("count", "fraction", "held"), [(100, 0.05, 5), (2, 0.01, 1), (10, 0.99, 9), (3, 0.5, 2)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from ldm_ray.hold import hold
 from tests.helpers.checkpoints import write_small_checkpoint
-from tests.helpers.commands import refusal
+from tests.helpers.commands import refusal, run
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +35,12 @@ def test_mistakes_are_one_line_and_exit_2(
     words = flags if flags[0] == "verify" else ["--ckpt", ckpt, "--outdir", tmp_path / "x", *flags]
     assert said in refusal("generate", *words)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_another_command_fills_is_refused(ckpt: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    with hold(out):
+        said = refusal("generate", "--ckpt", ckpt, "--seeds", "0-9", "--outdir", out)
+        assert f"{out} is in use by process {os.getpid()}" in said
+        assert "10 images" in run("generate", "--ckpt", ckpt, "--seeds", "0-9", "--outdir", out, "--dry-run")
+        assert [file.name for file in out.iterdir()] == [".held"]
