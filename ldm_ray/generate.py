@@ -24,7 +24,7 @@ from ldm_ray import cli
 from ldm_ray.config import outdir
 from ldm_ray.dataset.config import GenerateConfig, VerifyConfig
 from ldm_ray.errors import ConfigError
-from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.paths import AnyPath, local_path, to_path
 
 if TYPE_CHECKING:
     from ldm_ray.checkpoint import DiffusionCheckpoint
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.requests:
         from ldm_ray.dataset.answers import answer_file
 
-        output = Path(config.output or f"{config.requests}.answers.jsonl").expanduser()
-        return answer_file(Path(config.requests).expanduser(), output, load_model(config, path), config)
+        output = local_path(config.output or f"{config.requests}.answers.jsonl")
+        return answer_file(local_path(config.requests), output, load_model(config, path), config)
     return generate(config, path)
 
 

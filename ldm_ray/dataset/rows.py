@@ -17,6 +17,7 @@ import torch
 from ldm_ray.config import MAX_SEED
 from ldm_ray.diffusion.noise import LOW, philox
 from ldm_ray.errors import ConfigError
+from ldm_ray.paths import local_path
 
 LABEL_BLOCK = 2**40  # of a seed's Philox stream: far beyond those that any number of steps draws noise from
 CHUNK = 1 << 22  # bytes of a label file read at a time
@@ -85,7 +86,7 @@ class Labels:
         checkpoint was trained on. ConfigError on labels that cannot be.
         """
         if text.startswith("file:"):
-            values = read_labels(Path(text.removeprefix("file:")).expanduser(), num_classes, count)
+            values = read_labels(local_path(text.removeprefix("file:")), num_classes, count)
             made = cls(f"file:{hashlib.sha256(values.tobytes()).hexdigest()}", num_classes, values=values)
             used = set(np.unique(values).tolist())
         elif text == "random" and only is None:
