@@ -96,7 +96,7 @@ def images_of(model: Any, device: Any, config: CompareConfig) -> Any:
     from ldm_ray.generator import Generator
 
     generator, only = Generator.of(model, device), model.info.get("args", {}).get("only_digit")
-    classes = range(generator.num_classes) if only is None else [only]
+    classes = generator.labels if only is None else [only]
     count = ROWS * len(classes)
     return generator(range(count), [classes[i % len(classes)] for i in range(count)], config.sampling)
 

@@ -106,7 +106,9 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     only = model.info.get("args", {}).get("only_digit")
     return Request(
         seeds=seeds,
-        labels=Labels.parse(config.labels, model.denoiser.num_classes, len(seeds), only, model.class_names),
+        labels=Labels.parse(
+            config.labels, model.denoiser.num_classes, len(seeds), only, model.class_names, model.labels
+        ),
         sampling=with_defaults(model.schedule, config),
         shard_size=config.shard_size,
         format=config.format,

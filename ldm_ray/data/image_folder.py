@@ -32,8 +32,8 @@ from ldm_ray.errors import DataError
 
 SPELLINGS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 NO_CLASS = re.compile(  # train_images, trainingSet, val, images: what a folder of no class is called
-    r"(.*[^a-z])?(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval(uation)?|images?|imgs?|pictures?|pngs?|samples?|data)"
-    r"[^a-z]?(set|data|images?|imgs?|split)?[^a-z]*",
+    r"(.*[^a-z])?(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval(uation)?)[^a-z]?(set|data|images?|imgs?|split|fold)?"
+    r"[^a-z]*|images?|imgs?|pictures?|pngs?|data",
     re.IGNORECASE,
 )
 SHARD = re.compile(r"(train|test)-\d+-of-\d+")
@@ -120,7 +120,7 @@ def pictures_of(base: Path) -> tuple[list[Picture], list[Path]]:
             raise DataError(f"{base} has its pictures elsewhere ({deeper.relative_to(base)}): known are {LAYOUTS}")
     if classes and all(NO_CLASS.fullmatch(each.name) for each in classes):
         names = ", ".join(each.name for each in classes[:4])
-        raise DataError(f"{base}: {names} cannot be classes, by the looks of it: known are {LAYOUTS}")
+        raise DataError(f"{base}: {names} have the names of splits and not of classes: known are {LAYOUTS}")
     pictures = []
     for each in classes:
         pngs = [file for file in pictures_in(each) if file.suffix.lower() == ".png"]
@@ -182,6 +182,8 @@ def named(
 ) -> tuple[dict[str, list[Picture]], tuple[str, ...] | None]:
     """The splits with the names of their classes: of the lists' ``ClassLabel``, or those that the labels are."""
     labels = {picture.label for pictures in splits.values() for picture in pictures}
+    if not labels:
+        return splits, None
     every = {label for label in labels if isinstance(label, int)}
     if every and every == labels:
         known = {names_of(pq.read_schema(file)) for file in lists if file.suffix == ".parquet"} - {None}
@@ -194,10 +196,11 @@ def named(
     names = usable_names(sorted(texts, key=lambda name: (int(name) if numbers else 0, name)))
     if names is None:
         raise DataError(f"--dataset {folder}: classes have printable names, and are at most {MAX_CLASSES}")
+    order = {name: label for label, name in enumerate(names)}
     by_class: dict[str, list[Picture]] = {}
     for split, pictures in splits.items():
         as_text = [Picture(picture.file, picture.path, str(picture.label)) for picture in pictures]
-        by_class[split] = sorted(as_text, key=lambda picture: names.index(str(picture.label)))
+        by_class[split] = sorted(as_text, key=lambda picture: order[str(picture.label)])
     return by_class, names
 
 

@@ -68,7 +68,7 @@ def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) 
 def record_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
     """A checkpoint's ``data``: the identity of its examples, and what does not change them."""
     shape = {"image_size": list(source.image_size), "class_names": list(source.class_names)}
-    return identity_of(source, autoencoder) | shape
+    return identity_of(source, autoencoder) | shape | {"without_images": list(source.without_images)}
 
 
 def encode(
