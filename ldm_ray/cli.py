@@ -127,6 +127,8 @@ def refused(error: OSError) -> str:
     """The file and the system's reason."""
     files = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     reason = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, FileExistsError) and files:
+        reason = "it is there and is no folder"
     return f"{files}: {reason}" if files else reason
 
 

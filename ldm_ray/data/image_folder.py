@@ -129,7 +129,7 @@ def pictures_of(base: Path) -> tuple[list[Picture], list[Path]]:
         pictures += [Picture(file, f"{each.name}/{file.name}", each.name) for file in pngs]
     empty = [each.name for each in folders_in(base) if each not in classes and not is_one(each)]
     if classes and empty:
-        log.warning("WARNING: no picture in %s of %s: no class.", ", ".join(empty[:5]), base)
+        log.warning("WARNING: no picture in %s of %s.", ", ".join(empty[:5]), base)
     return pictures, []
 
 
@@ -223,4 +223,4 @@ def tell_passed_over(folder: Path, split: str, splits: dict[str, list[Picture]])
 def kinds(files: Iterable[Path]) -> str:
     """Such as ``12 .jpg, 3 .bmp``."""
     counts = Counter(file.suffix.lower() for file in files)
-    return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
