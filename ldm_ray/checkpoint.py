@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ldm_ray
-from ldm_ray.classes import names_in
+from ldm_ray.classes import labels_in, names_in
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError
 from ldm_ray.models.codec import Codec, PixelCodec
@@ -68,6 +68,11 @@ class DiffusionCheckpoint:
     def class_names(self) -> tuple[str, ...]:
         """As the data it was trained on names them; their numbers where it does not."""
         return names_in(self.info, self.denoiser.num_classes)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The classes that are sampled by default: all that it was trained on images of."""
+        return labels_in(self.info, self.denoiser.num_classes)
 
 
 def file_sha256(path: AnyPath) -> str:

@@ -34,6 +34,14 @@ def names_in(info: dict[str, Any], count: int) -> tuple[str, ...]:
     return found if found is not None and len(found) == count else numbered(count)
 
 
+def labels_in(info: dict[str, Any], count: int) -> tuple[int, ...]:
+    """The classes that are sampled by default: those that a checkpoint's ``data`` record does not say had no image."""
+    data = info.get("data")
+    absent = data.get("without_images") if isinstance(data, dict) else None
+    labels = tuple(label for label in range(count) if not isinstance(absent, (list, tuple)) or label not in absent)
+    return labels or tuple(range(count))
+
+
 def class_of(text: str, names: Sequence[str]) -> int:
     """The class that a text names: by its name, else by its number, else by a digit's English word.
 
@@ -83,6 +91,6 @@ def words_of(text: str) -> list[str]:
 
 def told(names: Sequence[str], most: int = 12) -> str:
     """The names in a line: ``0 to 9``, or a list that ends in … where it is long."""
-    if tuple(names) == numbered(len(names)):
+    if len(names) > 1 and tuple(names) == numbered(len(names)):
         return f"0 to {len(names) - 1}"
     return ", ".join(names[:most]) + ", …" * (len(names) > most)

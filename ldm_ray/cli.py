@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ldm_ray import streams
 from ldm_ray.errors import ConfigError, LdmError
 from ldm_ray.options import Config, flag_of, kind_of
+from ldm_ray.paths import local_path
 
 C = TypeVar("C", bound=Config)
 
@@ -81,7 +83,7 @@ def parse_config(config: type[C], parser: argparse.ArgumentParser, argv: Sequenc
 def read_json(path: str) -> dict[str, Any]:
     """A JSON object from a file. ConfigError when it cannot be read as one."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(local_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -93,7 +95,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 def picture_path(given: str) -> Path:
     """``--output`` of a command that writes one picture. ConfigError unless it is a .png that is no folder."""
-    output = Path(given).expanduser()
+    output = local_path(given)
     if output.suffix.lower() != ".png":
         raise ConfigError(f"--output {output} is to be a .png file")
     if output.is_dir():
@@ -102,7 +104,11 @@ def picture_path(given: str) -> Path:
 
 
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:
-    """Runs a command: LdmError and unusable files become one line on stderr and exit code 2."""
+    """Runs a command: LdmError, and whatever the system refuses of a file, become one line on stderr and exit code 2.
+
+    Standard streams that are closed or broken change nothing; one cut short by a full disk is such a refusal.
+    """
+    streams.prepare()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "datasets", "huggingface_hub", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -110,14 +116,22 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         code = main()
     except LdmError as error:
         code = fail(prog, str(error))
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        code = fail(prog, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except OSError as error:
+        code = fail(prog, refused(error))
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        code = 1
-    sys.stdout.flush()
+    if (short := streams.full()) and not code:
+        code = fail(prog, f"standard output: {short.strerror}; the command itself came to its end")
     sys.exit(code or 0)
+
+
+def refused(error: OSError) -> str:
+    """The file and the system's reason."""
+    files = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, FileExistsError) and files:
+        reason = "it is there and is no folder"
+    return f"{files}: {reason}" if files else reason
 
 
 def fail(prog: str, message: str) -> int:

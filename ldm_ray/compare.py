@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm_ray import cli
 from ldm_ray.config import outdir
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.metrics.config import CompareConfig
-from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.paths import AnyPath, local_path, to_path
 
 PROG = "python -m ldm_ray.compare"
 ROWS = 8  # of images of each class in the picture
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(CompareConfig, cli.Parser(prog=PROG, description=__doc__), argv)
-    output = Path(config.output).expanduser()
+    output = local_path(config.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
     from ldm_ray import comparison, runs
@@ -97,7 +96,7 @@ def images_of(model: Any, device: Any, config: CompareConfig) -> Any:
     from ldm_ray.generator import Generator
 
     generator, only = Generator.of(model, device), model.info.get("args", {}).get("only_digit")
-    classes = range(generator.num_classes) if only is None else [only]
+    classes = generator.labels if only is None else [only]
     count = ROWS * len(classes)
     return generator(range(count), [classes[i % len(classes)] for i in range(count)], config.sampling)
 

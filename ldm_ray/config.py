@@ -16,7 +16,7 @@ from typing import Any
 from ldm_ray.classes import MAX_CLASSES
 from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, by_recipe, option
-from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.paths import AnyPath, local_path, to_path
 
 MAX_SEED = 2**32 - 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -301,4 +301,4 @@ def outdir(given: str | None) -> AnyPath:
 
 def cache_dir(given: str | None) -> Path:
     """The absolute cache directory: as given, else $SLURM_TMPDIR, else ./hf_cache."""
-    return Path(given or os.environ.get("SLURM_TMPDIR") or "hf_cache").expanduser().absolute()
+    return local_path(given or os.environ.get("SLURM_TMPDIR") or "hf_cache").absolute()

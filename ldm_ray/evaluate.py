@@ -10,20 +10,19 @@ What each figure is: docs/quality.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from ldm_ray import cli
 from ldm_ray.config import outdir
 from ldm_ray.errors import ConfigError
 from ldm_ray.metrics.config import EvaluateConfig
-from ldm_ray.paths import to_path
+from ldm_ray.paths import local_path, to_path
 
 PROG = "python -m ldm_ray.evaluate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(EvaluateConfig, cli.Parser(prog=PROG, description=__doc__), argv)
-    output = Path(config.output).expanduser()
+    output = local_path(config.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
     from ldm_ray import runs

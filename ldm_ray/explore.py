@@ -61,7 +61,7 @@ def labels_of(config: ExploreConfig, generator: Generator, only: int | None) -> 
     from ldm_ray.classes import classes_of
 
     if config.digits is None:
-        found: list[int | None] = [only] if only is not None else list(range(generator.num_classes))
+        found: list[int | None] = [only] if only is not None else list(generator.labels)
         return found[:1] if config.sheet == "traverse" else found
     if config.digits.strip().lower() == "none":
         return [None]

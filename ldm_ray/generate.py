@@ -25,7 +25,7 @@ from ldm_ray.config import outdir
 from ldm_ray.dataset.config import GenerateConfig, VerifyConfig
 from ldm_ray.errors import ConfigError
 from ldm_ray.hold import hold
-from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.paths import AnyPath, local_path, to_path
 
 if TYPE_CHECKING:
     from ldm_ray.checkpoint import DiffusionCheckpoint
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.requests:
         from ldm_ray.dataset.answers import answer_file
 
-        output = Path(config.output or f"{config.requests}.answers.jsonl").expanduser()
-        return answer_file(Path(config.requests).expanduser(), output, load_model(config, path), config)
+        output = local_path(config.output or f"{config.requests}.answers.jsonl")
+        return answer_file(local_path(config.requests), output, load_model(config, path), config)
     with contextlib.ExitStack() as held:
         return generate(config, path, held)
 
@@ -108,7 +108,9 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     only = model.info.get("args", {}).get("only_digit")
     return Request(
         seeds=seeds,
-        labels=Labels.parse(config.labels, model.denoiser.num_classes, len(seeds), only, model.class_names),
+        labels=Labels.parse(
+            config.labels, model.denoiser.num_classes, len(seeds), only, model.class_names, model.labels
+        ),
         sampling=with_defaults(model.schedule, config),
         shard_size=config.shard_size,
         format=config.format,

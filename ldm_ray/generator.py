@@ -54,7 +54,7 @@ class Generator:
         self.device = torch.device(device)
         self.codec, self.schedule, self.prediction_type = codec.to(self.device), schedule, prediction_type
         self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
-        self.class_names = numbered(denoiser.num_classes)
+        self.class_names, self.labels = numbered(denoiser.num_classes), tuple(range(denoiser.num_classes))
         self.sha256 = ""
         sizes = (PIXEL_SIZES, PIXEL_WHOLE) if isinstance(denoiser, UNet) else (SIZES, WHOLE)
         with single_threaded():
@@ -79,8 +79,12 @@ class Generator:
         """From a checkpoint that was read with its autoencoder."""
         assert loaded.codec is not None
         made = cls(loaded.denoiser, loaded.codec, loaded.schedule, device, loaded.prediction_type)
-        made.sha256, made.class_names = loaded.sha256, loaded.class_names
+        made.sha256, made.class_names, made.labels = loaded.sha256, loaded.class_names, loaded.labels
         return made
+
+    def in_turn(self, count: int, only: int | None = None) -> list[int]:
+        """Labels of so many images: each class of which there were images in turn, or one alone."""
+        return [self.labels[i % len(self.labels)] if only is None else only for i in range(count)]
 
     @property
     def fingerprint(self) -> str:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if only not in (None, digit):
         raise CheckpointError(f"{ckpt} was trained on digit {only} alone, not on {config.digit}")
     seeds = [config.seed + i for i in range(config.num_images)]
-    labels = [i % generator.num_classes if digit is None else digit for i in range(config.num_images)]
+    labels = generator.in_turn(config.num_images, digit)
     images = generator(seeds, labels, config.sampling)
     told = {
         "checkpoint": generator.sha256,

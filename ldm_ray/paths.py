@@ -12,9 +12,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
-from ldm_ray.errors import DataError
+from ldm_ray.errors import ConfigError, DataError
 
 REMOTE_S = 3.0
 
@@ -175,7 +175,30 @@ def to_path(given: str | os.PathLike[str] | RemotePath) -> AnyPath:
     """A path, or a name in an object store where there is a ``://``. ConfigError: pyarrow cannot open it."""
     if isinstance(given, RemotePath) or "://" in str(given):
         return given if isinstance(given, RemotePath) else RemotePath(str(given))
-    return Path(given).expanduser()
+    return local_path(given)
+
+
+def local_path(given: str | os.PathLike[str]) -> Path:
+    """A path on a disk, ``~`` expanded. ConfigError on what can be no path: an unknown home, a null character."""
+    try:
+        if b"\0" in os.fsencode(given):
+            raise ValueError
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{given}: the home folder of that user is not known here; write the whole path") from None
+    except ValueError:
+        raise ConfigError(f"{os.fspath(given)!r} can be no path: it holds a character that no file name has") from None
+
+
+@contextlib.contextmanager
+def naming(path: AnyPath, partial: Path | None = None) -> Iterator[None]:
+    """An OSError within that names no file, as that of a full disk, or the partial one, names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.filename == str(partial):
+            error.filename = str(path)
+        raise
 
 
 def look_every(path: AnyPath, on_disk: float) -> float:
@@ -196,17 +219,26 @@ def write_bytes(path: AnyPath, data: bytes | memoryview, durable: bool = False) 
     if isinstance(path, RemotePath):
         path.write_bytes(bytes(data))
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as stream:
+        stream.write(data)
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A stream that becomes the file on a disk when all of it was written. OSError names the file."""
     partial = path.with_name(f".{path.name}.partial-{unique()}")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            if durable:
-                stream.flush()
-                os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with naming(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as stream:
+                yield stream
+            partial.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -241,7 +273,7 @@ def append_line(path: AnyPath, line: str) -> None:
     if isinstance(path, RemotePath):
         path.write_text((path.read_text() if path.exists() else "") + line + "\n")
         return
-    with path.open("a") as stream:
+    with naming(path), path.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ldm_ray.errors import ConfigError, DataError
+from ldm_ray.paths import local_path
 
 PARTIAL = ".partial"
 PUT = ("s3", "gcs", "abfs", "py::")  # an object is seen when its upload is complete
@@ -20,7 +21,7 @@ class Store:
     """Files by their names under one folder, which is a path or a URI."""
 
     def __init__(self, where: str) -> None:
-        self.where = where if "://" in where else str(Path(where).expanduser().absolute())
+        self.where = where if "://" in where else str(local_path(where).absolute())
         try:
             self.fs, root = fs.FileSystem.from_uri(where) if "://" in where else (fs.LocalFileSystem(), self.where)
         except (pa.ArrowException, OSError, ValueError, ImportError) as error:

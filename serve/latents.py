@@ -41,8 +41,7 @@ async def latent_map(service: Service, model: str | None, n: int, seed: int) -> 
     A point (x, y) of the plane is the latent ``origin + x·axes[0] + y·axes[1]``.
     """
     served = await service.library.get(model)
-    classes = served.generator.num_classes
-    labels = service.labels(served, [None if served.only_digit is not None else i % classes for i in range(n)])
+    labels = service.labels(served, served.generator.in_turn(n, served.only_digit))
     order = Order(served, range(seed, seed + n), labels, service.settled(served, None, None, None))
     job = await service.run(order)
     service.made(order, job)

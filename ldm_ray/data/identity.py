@@ -30,6 +30,7 @@ def record_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) ->
     content: a hash of the images and labels themselves, wherever they lie and however they are cut into files.
     """
     shape = {"image_size": list(source.image_size), "class_names": list(source.class_names)}
+    shape |= {"without_images": list(source.without_images)}
     return identity_of(source, autoencoder) | {"content": content_hash(source.table)} | shape
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import torch
 
-from ldm_ray.classes import MAX_CLASSES, numbered, usable_names
-from ldm_ray.data import image_folder
+from ldm_ray.classes import MAX_CLASSES, numbered, told, usable_names
+from ldm_ray.data import image_folder, parquet_folder
 from ldm_ray.data.digits import digits_table
 from ldm_ray.data.images import decode_png
+from ldm_ray.data.walk import files_below
 from ldm_ray.errors import DataError
+from ldm_ray.paths import local_path
 
 HUB_MNIST = "ylecun/mnist"
 HUB_TIMEOUT_S = 4.0
@@ -34,6 +34,7 @@ class ImageSource:
     table: ``image: struct<bytes, path>``, ``label: int64``, ``index: int64`` (position in the whole split).
     name: what was asked for, as resolved; revision: a hash of the content or the hub's commit.
     class_names: from the dataset's metadata or its folders; without them the numbers up to the highest label.
+    without_images: the classes of which the whole split has none.
     """
 
     table: pa.Table
@@ -43,6 +44,7 @@ class ImageSource:
     only_digit: int | None
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
+    without_images: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -68,7 +70,14 @@ def load_source(dataset: str, split: str, cache_dir: Path, only_digit: int | Non
     """
     name, found = resolve(dataset, split, cache_dir)
     table = checked(found.table, f"{name} ({split})", found.class_names)
-    highest = pc.max(table["label"]).as_py()
+    names = found.class_names or numbered(pc.max(table["label"]).as_py() + 1)
+    present = set(table["label"].unique().to_pylist())
+    absent = tuple(label for label in range(len(names)) if label not in present)
+    if absent and only_digit is None:
+        log.warning(
+            "WARNING: %s (%s) has no image of %d of its %d classes: %s.",
+            name, split, len(absent), len(names), told([names[label] for label in absent]),
+        )  # fmt: skip
     table = table.append_column("index", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     if only_digit is not None:
         table = table.filter(pc.equal(table["label"], only_digit))
@@ -83,7 +92,8 @@ def load_source(dataset: str, split: str, cache_dir: Path, only_digit: int | Non
         split=split,
         only_digit=only_digit,
         image_size=(first.shape[0], first.shape[1]),
-        class_names=found.class_names or numbered(highest + 1),
+        class_names=names,
+        without_images=absent,
     )
 
 
@@ -115,7 +125,7 @@ def resolve(dataset: str, split: str, cache_dir: Path) -> tuple[str, Split]:
                 "for MNIST, name a folder of Parquet files with --dataset or connect to the hub."
             )
             return "digits", embedded(split)
-    folder = Path(dataset).expanduser()
+    folder = local_path(dataset)
     if folder.exists():
         return str(folder.absolute()), from_folder(folder, split)
     if dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")):
@@ -132,37 +142,24 @@ def embedded(split: str) -> Split:
 
 
 def from_folder(folder: Path, split: str) -> Split:
-    """Reads ``<split>-*.parquet`` (or ``<split>/*.parquet``), in the order of the names, or folders of classes."""
+    """Reads what ``parquet_folder`` knows, and where there is no Parquet of either split what ``image_folder`` does."""
     if folder.is_file():
         raise DataError(f"--dataset {folder} is a file; needed is a folder with {split}-*.parquet in it")
-    files = sorted({*folder.rglob(f"{split}-*.parquet"), *folder.rglob(f"{split}/*.parquet")})
+    files = parquet_folder.files_of(folder)
     if not files and image_folder.is_one(folder):
         table, names = image_folder.read(folder, split)
         return Split(table, content_hash(table), names)
-    if not files:
+    if split not in files:
         raise DataError(
             f"--dataset {folder} has no Parquet file for the split {split!r} ({split}-*.parquet), "
             f"and no PNG in a folder for each class ({split}/CLASS/*.png)"
         )
-    try:
-        table = pyarrow.dataset.dataset([str(file) for file in files]).to_table()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"--dataset {folder} cannot be read as Parquet: {error}") from None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return Split(table, digest.hexdigest(), names_of(table))
-
-
-def names_of(table: pa.Table) -> tuple[str, ...] | None:
-    """The names of the ``ClassLabel`` that the schema's metadata ``huggingface`` describes."""
-    try:
-        info = json.loads((table.schema.metadata or {})[b"huggingface"])
-        return usable_names(info["info"]["features"]["label"]["names"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
+    read = {file for each in files.values() for file in each}
+    over = [file for file in files_below(folder) if file.suffix == ".parquet" and file not in read]
+    if over:
+        what = f"{len(over)} Parquet files that are of neither split passed over, such as {over[0].relative_to(folder)}"
+        log.warning("WARNING: %s (%s): %s.", folder, split, what)
+    return Split(*parquet_folder.read(folder, files, split))
 
 
 def from_hub(name: str, split: str, cache_dir: Path) -> Split:
@@ -202,23 +199,32 @@ def checked(table: pa.Table, where: str, class_names: Sequence[str] | None) -> p
     """The columns ``image`` and ``label`` in their types, every label with a name where there are names."""
     if table.num_rows == 0:
         raise DataError(f"{where} has no images")
-    for column in ("image", "label"):
-        if column not in table.column_names:
-            raise DataError(
-                f"{where} has no column {column!r}; needed are image (struct<bytes, path>) and label (int64), "
-                f"found are {', '.join(table.column_names)}"
-            )
+    parquet_folder.check_columns(table.schema, where)
     kind = table.schema.field("image").type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
         raise DataError(f"{where}: column 'image' is {kind}; needed is struct<bytes: binary, path: string>")
-    if not pa.types.is_integer(table.schema.field("label").type) or table["label"].null_count:
+    if not pa.types.is_integer(table.schema.field("label").type):
         raise DataError(f"{where}: column 'label' is {table.schema.field('label').type}; needed are whole numbers")
+    check_no_nulls(table, where)
     low, high = (bound.as_py() for bound in pc.min_max(table["label"]).values())
     most = len(class_names) if class_names else MAX_CLASSES
     if low < 0 or high >= most:
         named = f", since its metadata names {most} classes" if class_names else ""
         raise DataError(f"{where} has labels from {low} to {high}; allowed are 0 to {most - 1}{named}")
     return pa.table({"image": table["image"], "label": table["label"].cast(pa.int64())})
+
+
+def check_no_nulls(table: pa.Table, where: str) -> None:
+    """DataError with the first row that has no label or no bytes of an image."""
+    row = pc.index(pc.is_null(table["label"]), True).as_py()
+    if row >= 0:
+        image = table["image"][row].as_py() or {}
+        raise DataError(f"{place(image, row)} of {where} has no label; needed are whole numbers")
+    row = pc.index(pc.is_null(pc.struct_field(table["image"], "bytes")), True).as_py()
+    if row >= 0:
+        image = table["image"][row].as_py() or {}
+        reason = "its path is there and its bytes are not: embed them" if image.get("path") else "it is empty (null)"
+        raise DataError(f"{place(image, row)} of {where} cannot be decoded: {reason}")
 
 
 def content_hash(table: pa.Table) -> str:

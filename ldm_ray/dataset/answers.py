@@ -7,7 +7,6 @@ in the order of the requests; a request that cannot be answered gets a line in t
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from ldm_ray.devices import pick_device
 from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import DEFAULT, Generator
+from ldm_ray.paths import replaced
 
 SAMPLING = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale", "guidance_start")
 FIELDS = {"class_label", "prompt", "n", "seed", "seeds", "model", "response_format", *SAMPLING}
@@ -61,7 +61,7 @@ class Wish:
 def answer_file(source: Path, output: Path, model: DiffusionCheckpoint, config: GenerateConfig) -> int:
     """Writes ``output`` and, where there are any, its errors; both appear when all are answered. Returns 0."""
     errors = output.with_name(f"{output.stem}.errors{output.suffix or '.jsonl'}")
-    if source.resolve() in (output.resolve(), errors.resolve()) or output.is_dir():
+    if os.path.realpath(source) in map(os.path.realpath, (output, errors)) or output.is_dir():
         raise ConfigError(f"--output {output} is to be another file than --requests {source}")
     generator = Generator.of(model, pick_device(config.device))
     most = config.batch_size or BATCH[generator.device.type]
@@ -87,8 +87,9 @@ def answer_file(source: Path, output: Path, model: DiffusionCheckpoint, config: 
     return 0
 
 
-def write(stream: IO[str], wish: Wish, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
-    stream.write(json.dumps({"custom_id": wish.custom_id, "response": response, "error": error}) + "\n")
+def write(stream: IO[bytes], wish: Wish, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
+    line = json.dumps({"custom_id": wish.custom_id, "response": response, "error": error})
+    stream.write(line.encode() + b"\n")
 
 
 def read(lines: IO[bytes], generator: Generator, model: DiffusionCheckpoint, default: SamplingConfig) -> Iterator[Wish]:
@@ -220,16 +221,3 @@ def answer(batch: list[Wish], generator: Generator) -> None:
                 }
                 for png, seed, label in zip(pngs[rows], wish.seeds, wish.labels, strict=True)
             ]
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[IO[str]]:
-    """A text stream that becomes the file when all of it was written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            yield stream
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -20,8 +20,8 @@ class GenerateConfig(SamplingConfig):
     seeds: str = option("0-9999", "an image each: numbers and ranges, such as 0-999999,5,7")
     labels: str = option(
         "balanced",
-        "balanced: each class in turn; random: drawn from the seed; classes in turn, such as 7, 0-4,9 or their names; "
-        "or file:PATH with a label for each seed",
+        "balanced: each class in turn; random (or random:0-4): drawn from the seed; classes in turn, such as 7, 0-4,9 "
+        "or their names; or file:PATH with a label for each seed",
     )
     outdir: str = option("generated", "the dataset's folder, or s3://, gs:// and what else pyarrow opens")
     format: str = option("parquet", "what a shard is", choices=("parquet", "png", "webdataset"))

@@ -19,6 +19,7 @@ from ldm_ray.data.images import decode_png, encode_png, grid
 from ldm_ray.dataset.formats import features, rows
 from ldm_ray.dataset.request import Request
 from ldm_ray.dataset.shards import Record, load
+from ldm_ray.paths import naming
 from ldm_ray.store import PARTIAL, Store
 
 SUMS = "SHA256SUMS"
@@ -154,15 +155,17 @@ def replaced(store: Store, name: str) -> Iterator[IO[bytes]]:
             yield stream
         return
     partial = Path(store.path(PARTIAL)) / name
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(store.path(name))
-    finally:
-        partial.unlink(missing_ok=True)
+    with naming(Path(store.path(name)), partial):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(store.path(name))
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def member(name: str) -> zipfile.ZipInfo:

@@ -17,6 +17,7 @@ import torch
 from ldm_ray.config import MAX_SEED
 from ldm_ray.diffusion.noise import LOW, philox
 from ldm_ray.errors import ConfigError
+from ldm_ray.paths import local_path
 
 LABEL_BLOCK = 2**40  # of a seed's Philox stream: far beyond those that any number of steps draws noise from
 CHUNK = 1 << 22  # bytes of a label file read at a time
@@ -68,31 +69,48 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Labels:
-    """A label for each position: from a cycle, from the seed (an empty cycle), or from ``values`` (N,) int16."""
+    """A label for each position: from a cycle, from the seed (an empty cycle), or from ``values`` (N,) int16.
+
+    drawn: the classes that the seed chooses from; empty for all.
+    """
 
     rule: str
     num_classes: int
     cycle: tuple[int, ...] = ()
     values: np.ndarray | None = None
+    drawn: tuple[int, ...] = ()
 
     @classmethod
     def parse(
-        cls, text: str, num_classes: int, count: int, only: int | None = None, names: Sequence[str] = ()
+        cls,
+        text: str,
+        num_classes: int,
+        count: int,
+        only: int | None = None,
+        names: Sequence[str] = (),
+        usual: Sequence[int] = (),
     ) -> Labels:
-        """``balanced``, ``random``, ``7``, ``0-4,9``, names of classes or ``file:PATH`` with ``count`` labels.
+        """``balanced``, ``random``, ``random:0-4,9``, ``7``, ``0-4,9``, names of classes or ``file:PATH`` with
+        ``count`` labels.
 
         names: of all classes, to be used beside their numbers, which the rule keeps. only: the one class that the
-        checkpoint was trained on. ConfigError on labels that cannot be.
+        checkpoint was trained on. usual: the classes of ``balanced`` and ``random``, all where there are none; a rule
+        names them where they are not all. ConfigError on labels that cannot be.
         """
+        some = () if len(usual) == num_classes else tuple(usual)
         if text.startswith("file:"):
-            values = read_labels(Path(text.removeprefix("file:")).expanduser(), num_classes, count)
+            values = read_labels(local_path(text.removeprefix("file:")), num_classes, count)
             made = cls(f"file:{hashlib.sha256(values.tobytes()).hexdigest()}", num_classes, values=values)
             used = set(np.unique(values).tolist())
-        elif text == "random" and only is None:
+        elif text == "random" and only is None and not some:
             return cls("random", num_classes)
+        elif text.startswith("random:") or (text == "random" and only is None):
+            drawn = parse_cycle(text.removeprefix("random:"), num_classes, names) if ":" in text else some
+            made, used = cls(f"random:{','.join(map(str, drawn))}", num_classes, drawn=drawn), set(drawn)
         elif text in ("balanced", "random"):
-            cycle = tuple(range(num_classes)) if only is None else (only,)
-            return cls(text if only is None else str(only), num_classes, cycle)
+            cycle = (only,) if only is not None else some or tuple(range(num_classes))
+            rule = text if only is None and not some else ",".join(map(str, cycle))
+            return cls(rule, num_classes, cycle)
         else:
             cycle = parse_cycle(text, num_classes, names)
             made, used = cls(",".join(map(str, cycle)), num_classes, cycle), set(cycle)
@@ -107,7 +125,8 @@ class Labels:
         if self.cycle:
             return np.array(self.cycle, dtype=np.int64)[np.arange(first, first + len(seeds)) % len(self.cycle)]
         words = philox(torch.from_numpy(seeds), torch.tensor([LABEL_BLOCK]))[:, 0, 0]
-        return ((((words >> 32) & LOW) * self.num_classes) >> 32).numpy()
+        classes = np.array(self.drawn or range(self.num_classes), dtype=np.int64)
+        return classes[((((words >> 32) & LOW) * len(classes)) >> 32).numpy()]
 
 
 def parse_cycle(text: str, num_classes: int, names: Sequence[str] = ()) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from ldm_ray.paths import AnyPath, to_path, unique
 log = logging.getLogger(__name__)
 # Train releases each report when its controller polls: every 2 s by default, which would pace short epochs.
 POLL_S = "0.1"
+MAX_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a socket's name
 
 
 @contextlib.contextmanager
@@ -46,6 +47,7 @@ def connected() -> Iterator[None]:
     else:
         if address == "local":  # what clouds do to nodes is watched by a process that this machine need not run
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            check_temporary()
         try:
             with silent_stderr():  # its C++ announces the log level set above
                 ray.init(
@@ -65,6 +67,19 @@ def connected() -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+def check_temporary() -> None:
+    """ConfigError where Ray's temporary folder is so long that its sockets in there would have no valid names."""
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    socket = f"/ray/session_0000-00-00_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    excess = len(os.fsencode(os.path.abspath(temporary) + socket)) - MAX_SOCKET
+    if excess > 0:
+        name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+        raise ConfigError(
+            f"{name}={temporary} is {excess} characters too long for the sockets that Ray has in there: "
+            "set RAY_TMPDIR to a shorter folder, such as /tmp"
+        )
 
 
 @contextlib.contextmanager

@@ -250,7 +250,7 @@ def log_file(path: AnyPath) -> Iterator[None]:
     """Everything logged goes to the run's file as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mirror = Mirror(path.parent)
-    handler = logging.FileHandler(mirror.fetch(path.name))
+    handler = logging.FileHandler(mirror.fetch(path.name), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("ldm_ray")
     logger.addHandler(handler)

@@ -45,14 +45,14 @@ def reported(config: RunConfig, paths: RunPaths, first: bool, metrics: dict[str,
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:  # Train keeps a pointer: the checkpoint lies where it belongs
-        Path(folder, POINTER).write_text(str(paths.checkpoint(metrics["epoch"])))
+        Path(folder, POINTER).write_text(str(paths.checkpoint(metrics["epoch"])), "utf-8")
         ray.train.report(metrics, checkpoint=Checkpoint(folder), validation=True)
 
 
 def measure(found: Checkpoint, *, images: ray.ObjectRef, paths: RunPaths, samples: int) -> dict[str, Any]:
     """Figures of a checkpoint, in ``quality.jsonl`` as well; the best checkpoint so far becomes ``best.pt``."""
     with found.as_directory() as folder:
-        path = to_path(Path(folder, POINTER).read_text())
+        path = to_path(Path(folder, POINTER).read_text("utf-8"))
     torch.set_num_threads(1)
     figures = figures_of(path, torch.tensor(ray.get(images)), samples)
     content, _ = checkpoint.read(path)

@@ -129,7 +129,7 @@ def made_by(
         raise ConfigError(f"--seed {config.seed} with {count} images goes beyond the last seed, {MAX_SEED}")
     generator, only = Generator.of(denoiser, device), denoiser.info.get("args", {}).get("only_digit")
     seeds = range(config.seed, config.seed + count)
-    labels = [i % generator.num_classes if only is None else only for i in range(count)]
+    labels = generator.in_turn(count, only)
     whitened = generator.latents(seeds, labels, config.sampling)
     shown = Shown(
         images=generator.decode(whitened), labels=torch.tensor(labels), numbers=torch.tensor(seeds, dtype=torch.int64)

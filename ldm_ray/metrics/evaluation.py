@@ -64,10 +64,10 @@ def evaluate(config: EvaluateConfig, generator: Generator, only_digit: int | Non
 
 def figures_of(ckpt: AnyPath, test: Tensor, samples: int) -> dict[str, Any]:
     """``quality`` of a checkpoint's images by the default sampler against test (N, 1, 28, 28) uint8, on the CPU:
-    what can be asked for often. Image i has the seed i and the label i mod the number of classes."""
+    what can be asked for often. Image i has the seed i and each class in turn."""
     generator, args = Generator.open(ckpt, torch.device("cpu"))
     digit = args.get("only_digit")
-    labels = [i % generator.num_classes if digit is None else digit for i in range(samples)]
+    labels = generator.in_turn(samples, digit)
     made = torch.cat(
         [generator(range(start, min(samples, start + BATCH)), labels[start : start + BATCH])
          for start in range(0, samples, BATCH)]
@@ -84,8 +84,7 @@ class Sampler:
 
     def __init__(self, config: EvaluateConfig, generator: Generator, reference: Reference, digit: int | None) -> None:
         self.config, self.generator, self.reference = config, generator, reference
-        classes = generator.num_classes
-        self.labels = [i % classes if digit is None else digit for i in range(config.samples)]
+        self.labels = generator.in_turn(config.samples, digit)
         self.first: tuple[Tensor, Tensor] | None = None  # images and labels of the first set, for the picture
 
     def row(self, sampling: SamplingConfig) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ldm_ray import cli
 from ldm_ray.config import cache_dir
 from ldm_ray.metrics.config import ClassifiersConfig
+from ldm_ray.paths import local_path
 
 PROG = "python -m ldm_ray.metrics.train_classifiers"
 BATCH, WEIGHT_DECAY = 128, 1e-2
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in NETWORKS:
         network = train_network(name, images, labels, config.seed, config.epochs)
         right = accuracy(network, test_images, test_labels)
-        path = weights_file(name, Path(config.output).expanduser())
+        path = weights_file(name, local_path(config.output))
         write(path, cpu(network.state_dict()))
         print(f"{name:<9} test accuracy {100 * right:.2f} %  {path}  SHA-256 {file_sha256(path)}")
     return 0

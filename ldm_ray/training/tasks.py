@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_ray import checkpoint
+from ldm_ray.classes import labels_in
 from ldm_ray.config import MAX_SEED, AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.data.examples import Examples
 from ldm_ray.data.images import save_grid, to_float, to_uint8
@@ -93,16 +94,18 @@ class Logits(nn.Module):
 
 
 class DenoiserTask(Task):
-    """Whitened latents, or pixels, and labels in; noise, v or x0 out. autoencoder: None in pixel space."""
+    """Whitened latents, or pixels, and labels in; noise, v or x0 out. autoencoder: None in pixel space. data: as in
+    ``build_task``."""
 
     def __init__(
         self,
         config: TrainConfig,
         codec: Codec,
         autoencoder: AutoencoderCheckpoint | None,
-        num_classes: int,
+        data: dict[str, Any],
         device: torch.device,
     ) -> None:
+        num_classes = len(data.get("class_names", range(10)))
         self.config, self.codec, self.autoencoder = config, codec, autoencoder
         self.schedule = NoiseSchedule(
             config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule
@@ -118,6 +121,7 @@ class DenoiserTask(Task):
         self.denoiser.to(device)
         self.model: nn.Module = self.denoiser
         self.device, self.ema_decay = device, config.ema_decay
+        self.labels = labels_in({"data": data}, num_classes)
 
     def prepare(self, examples: Examples) -> Tensor:
         return self.codec.cpu().whiten(examples.vectors)  # (N, D)
@@ -138,7 +142,8 @@ class DenoiserTask(Task):
         make = Generator(ema, self.codec, self.schedule, self.device, self.config.prediction_type)
         count, digit = self.config.samples_per_epoch, self.config.only_digit
         seeds = [(self.config.seed + i) % (MAX_SEED + 1) for i in range(count)]
-        save_grid(make(seeds, [i % make.num_classes if digit is None else digit for i in range(count)]), path)
+        make.labels = self.labels
+        save_grid(make(seeds, make.in_turn(count, digit)), path)
 
 
 def build_task(
@@ -146,7 +151,8 @@ def build_task(
 ) -> Task:
     """The task of a configuration; autoencoder is the embedded one of a denoiser.
 
-    data: the run's record, whose ``image_size`` and ``class_names`` count; without it 28×28 and ten classes.
+    data: the run's record, whose ``image_size``, ``class_names`` and ``without_images`` count; without it 28×28
+    and ten classes.
     """
     told = data or {}
     torch.manual_seed(config.seed)  # initial weights, the same on every worker
@@ -154,10 +160,9 @@ def build_task(
         height, width = told.get("image_size", registry.IMAGE_SIZE)
         return AutoencoderTask(config, (height, width), device)
     assert isinstance(config, TrainConfig)
-    num_classes = len(told.get("class_names", range(10)))
     if config.space == "pixel":
         height, width = told.get("image_size", registry.IMAGE_SIZE)
-        return DenoiserTask(config, PixelCodec((height, width)), None, num_classes, device)
+        return DenoiserTask(config, PixelCodec((height, width)), None, told, device)
     found = from_embedded(autoencoder, Path("the autoencoder of this run"))
     assert found is not None
-    return DenoiserTask(config, found.codec, found, num_classes, device)
+    return DenoiserTask(config, found.codec, found, told, device)
