@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ldm_ray.data.images import encode_png, enlarged, gif_parts, grid
 from serve.errors import ApiError

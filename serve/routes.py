@@ -1,5 +1,6 @@
 """Every route of the service as one FastAPI application."""
 
+import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ldm_ray.config import MAX_SEED
 from serve import latents, media
 from serve.errors import ApiError, install, invalid, json_response
 from serve.gate import Gate
-from serve.library import Served
+from serve.library import Served, stamp_or_none
 from serve.schemas import (
     DecodeRequest,
     ErrorResponse,
@@ -47,7 +48,9 @@ IMAGES: dict[int | str, dict[str, Any]] = {
 
 def build(service: Service) -> FastAPI:
     """The application over one replica's service."""
-    app = FastAPI(title="ldm_ray", version=ldm_ray.__version__, description="Digits by latent diffusion.")
+    app = FastAPI(
+        title="ldm_ray", version=ldm_ray.__version__, description="Digits by latent diffusion.", redirect_slashes=False
+    )  # a redirect would repeat the Host header that a client sent
     install(app)
     images(app, service)
     models(app, service)
@@ -185,19 +188,16 @@ def models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses=ERRORS, tags=["models"])
     async def every_model() -> Response:
         """The checkpoints; the served one first. What is not loaded is loaded when it is asked for."""
-        loaded = service.library.loaded
-        return json_response(
-            {
-                "object": "list",
-                "data": [
-                    describe(service, loaded[name])
-                    if name in loaded
-                    else {"id": name, "object": "model", "owned_by": "ldm_ray", "created": int(path.stat().st_mtime),
-                          "loaded": False}
-                    for name, path in (await service.library.known()).items()
-                ],
-            }
-        )  # fmt: skip
+        library, paths = service.library, await service.library.known()
+        stamps = await asyncio.to_thread(lambda: {name: stamp_or_none(path) for name, path in paths.items()})
+        data = []
+        for name, stamp in stamps.items():
+            if name in library.loaded:
+                data.append(describe(service, library.loaded[name]))
+            elif stamp is not None:  # not deleted since
+                told = {"id": name, "object": "model", "owned_by": "ldm_ray", "created": stamp[0] // 10**9}
+                data.append(told | {"loaded": False})
+        return json_response({"object": "list", "data": data})
 
     @app.get("/v1/models/{model}", responses=ERRORS, tags=["models"])
     async def one_model(model: str) -> Response:
