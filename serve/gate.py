@@ -9,6 +9,8 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
+from starlette.responses import Response
+
 from serve.bodies import Bodies
 from serve.cors import PREFLIGHT, Origins
 from serve.errors import ApiError, internal
@@ -55,6 +57,10 @@ class Gate:
             if self.origins.is_preflight(scope["method"], headers, headers.get("origin")):
                 await answer({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
                 await answer({"type": "http.response.body", "body": b""})
+                return
+            if scope.get("root_path") and scope["path"] == scope["root_path"]:  # the page's links begin at its folder
+                where = {"Location": f"{scope['path'].rpartition('/')[2]}/"}
+                await Response(None, 307, where)(scope, receive, answer)
                 return
             takes_json = scope["method"] == "POST" and path_of(scope) in self.json_paths
             try:
