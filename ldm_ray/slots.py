@@ -81,10 +81,10 @@ class Slots:
         count = len(job.seeds)
         if not count or count != len(job.labels):
             raise ConfigError(f"{count} seeds and {len(job.labels)} labels: as many of each, at least one")
-        if any(not 0 <= seed <= MAX_SEED for seed in job.seeds):
+        if any(seed not in range(MAX_SEED + 1) for seed in job.seeds):
             raise ConfigError(f"a seed is 0 to {MAX_SEED}")
         classes = self.generator.num_classes
-        if any(label is not None and not 0 <= label < classes for label in job.labels):
+        if any(label is not None and label not in range(classes) for label in job.labels):
             raise ConfigError(f"a label is 0 to {classes - 1}, or None")
         dim = self.generator.codec.latent_dim
         if job.start is not None and (job.start.shape != (count, dim) or not bool(torch.isfinite(job.start).all())):

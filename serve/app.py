@@ -6,6 +6,7 @@ serve run serve.app:deployment ckpt=latest.pt device=cpu token=secret replicas=1
 
 # No ``from __future__ import annotations`` here: Serve reads the type of the builder's argument.
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ from serve.service import Service
 from serve.settings import Settings, check
 
 SWITCH_S = 0.0005  # the threads of tiles and the event loop hand over to each other ten times as often as by default
-MAX_ONGOING = 2048  # admission is the service's own, in JSON; Serve's limit is only above it
+MAX_ONGOING = 65_536  # admission is the service's own, in JSON; Serve's limit is only above it and half-sent bodies
 log = logging.getLogger("ray.serve")
 
 
@@ -34,6 +35,8 @@ class Images:
         import torch
 
         sys.setswitchinterval(SWITCH_S)
+        gc.collect()
+        gc.freeze()  # a body of many small lists would have all modules searched for garbage, again and again
         given = Settings(**settings)
         torch.set_num_threads(given.threads or len(os.sched_getaffinity(0)))  # Ray leaves one for an actor
         self.service = Service(given)

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 log = logging.getLogger("ray.serve")
+BRANCHES = ("function-", "list[", "constrained-")  # what pydantic calls the alternatives of a field
 CODES = {
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_parameter",
@@ -29,6 +30,10 @@ NAMES = {
     500: "internal_error",
     503: "unavailable",
 }
+
+
+EXAMPLE = '{"prompt": "7"}'
+MESSAGE, PARAM = 400, 100  # characters: what a client sent is repeated to it, but not at any length
 
 
 class ApiError(Exception):
@@ -56,16 +61,22 @@ class ApiError(Exception):
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def body(self) -> dict[str, Any]:
-        told = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        param = None if self.param is None else cut(self.param, PARAM)
+        told = {"message": cut(self.message, MESSAGE), "type": self.kind, "param": param, "code": self.code}
         return {"error": told}
 
     def response(self) -> Response:
         return json_response(self.body(), self.status, self.headers)
 
 
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 2]} …"
+
+
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """JSON in ASCII, so that whatever a client sent can be repeated to it."""
-    return Response(json.dumps(content, separators=(",", ":")), status, headers, "application/json")
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)  # NaN is no JSON
+    return Response(text, status, headers, "application/json")
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
@@ -90,16 +101,26 @@ def install(app: FastAPI) -> None:
     async def validation(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"][1:]]
+        where = [part for i, part in enumerate(where) if not i or not part.startswith(BRANCHES)]
         code = CODES.get(first["type"], "invalid_value")
         param = None if code == "invalid_json" else ".".join(where) or None
         message = first["msg"].removeprefix("Value error, ")
+        if code == "invalid_json":
+            message = f"the body is not JSON: {first.get('ctx', {}).get('error', message)}"
+        elif not where and (first["type"] == "missing" or first["type"].endswith("_type")):
+            message = f"the body must be a JSON object, such as {EXAMPLE}"
         return invalid(param, f"{param}: {message}" if param else message, code).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        messages = {404: f"there is no {request.url.path[:200]}", 405: f"{request.method} is not for this address"}
-        message = messages.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
+        messages = {
+            404: f"there is no {request.scope['path']}",
+            405: f"{cut(request.method, 20)} is not for this address",
+        }
+        message, headers = messages.get(error.status_code, str(error.detail)), dict(error.headers or {})
+        if "GET" in headers.get("Allow", "").split(", "):
+            headers["Allow"] += ", HEAD"
+        return ApiError(error.status_code, message, headers=headers).response()
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:

@@ -1,9 +1,7 @@
 """What every request passes before its route: id, token, size and type of the body; and what is logged after it."""
 
-import asyncio
 import base64
 import binascii
-import contextlib
 import hmac
 import json
 import logging
@@ -11,12 +9,15 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
+from starlette.responses import Response
+
+from serve.bodies import Bodies
+from serve.cors import PREFLIGHT, Origins
 from serve.errors import ApiError, internal
 from serve.service import Service
 
 SLOW_S = 1.0  # requests that fail or take longer are logged at INFO, the others at DEBUG
 CHALLENGES = ("Bearer", 'Basic realm="ldm_ray"')  # the second is for browsers; a header each, or they do not read it
-DRAIN_S, DRAIN_BODIES = 2.0, 8  # how long, and how many times the longest body, a refused body is read on
 OPEN_PATHS = ("/health", "/ready")
 log = logging.getLogger("ray.serve")
 
@@ -27,6 +28,8 @@ class Gate:
     def __init__(self, app: Any, service: Service, json_paths: frozenset[str]) -> None:
         """json_paths: the addresses that take a body, which is JSON."""
         self.app, self.service, self.json_paths = app, service, json_paths
+        self.bodies = Bodies(service.settings.max_body, service.settings.body_s)
+        self.origins = Origins(service.settings.cors)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -35,24 +38,39 @@ class Gate:
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         mark = headers.get("x-request-id", "")[:64]  # Serve's proxy gives every request one, and answers with it
         scope.setdefault("state", {})
+        head = scope["method"] == "HEAD"
+        if head:
+            scope["method"] = "GET"  # the same answer, without its body
+        fields = [(b"x-content-type-options", b"nosniff"), *self.origins.fields(headers.get("origin"))]
         started, status = time.perf_counter(), 499  # the client went away
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+                message["headers"] = [*message.get("headers", []), *fields]
+            elif head and message["type"] == "http.response.body":
+                message["body"] = b""
             await send(message)
 
         try:
+            if self.origins.is_preflight(scope["method"], headers, headers.get("origin")):
+                await answer({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
+                await answer({"type": "http.response.body", "body": b""})
+                return
+            if scope.get("root_path") and scope["path"] == scope["root_path"]:  # the page's links begin at its folder
+                where = {"Location": f"{scope['path'].rpartition('/')[2]}/"}
+                await Response(None, 307, where)(scope, receive, answer)
+                return
+            takes_json = scope["method"] == "POST" and path_of(scope) in self.json_paths
             try:
-                self.check(scope, headers)
+                self.check_token(path_of(scope), headers.get("authorization", ""))
+                if takes_json:
+                    self.bodies.check(headers)
             except ApiError:
-                await self.drain(receive)
+                await self.bodies.drain(receive)
                 raise
-            if scope["method"] == "POST" and scope["path"] in self.json_paths:
-                receive = await self.whole(receive)
-            await self.app(scope, receive, answer)
+            await self.app(scope, await self.bodies.whole(receive) if takes_json else receive, answer)
         except ApiError as error:
             if status == 499:
                 response = error.response()
@@ -66,54 +84,11 @@ class Gate:
         finally:
             self.told(scope, status, time.perf_counter() - started, mark)
 
-    def check(self, scope: dict[str, Any], headers: dict[str, str]) -> None:
-        """ApiError 401, 413, 415."""
+    def check_token(self, path: str, authorization: str) -> None:
+        """ApiError 401."""
         token = self.service.settings.token
-        if token and scope["path"] not in OPEN_PATHS and not has_token(headers.get("authorization", ""), token):
-            raise ApiError(401, "a valid bearer token is needed")
-        if scope["method"] != "POST" or scope["path"] not in self.json_paths:
-            return
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length[:20]) > self.service.settings.max_body:
-            raise self.too_large()
-        kind = headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, "the body is application/json", "Content-Type")
-
-    def too_large(self) -> ApiError:
-        return ApiError(413, f"a body is at most {self.service.settings.max_body:,} bytes")
-
-    async def whole(self, receive: Any) -> Any:
-        """A ``receive`` that begins with the whole body. ApiError 413 when it is too long."""
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise ApiError(400, "the client went away")
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.service.settings.max_body:
-                await self.drain(receive)
-                raise self.too_large()
-        first: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def take() -> dict[str, Any]:
-            return first.pop() if first else await receive()
-
-        return take
-
-    async def drain(self, receive: Any) -> None:
-        """Read on, and drop it: a client that is still sending when the connection is closed never sees the answer."""
-
-        async def drop() -> None:
-            size, message = 0, await receive()
-            while message["type"] == "http.request" and message.get("more_body") and size < DRAIN_BODIES * limit:
-                message = await receive()
-                size += len(message.get("body", b""))
-
-        limit = self.service.settings.max_body
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(drop(), DRAIN_S)
+        if token and path not in OPEN_PATHS and not has_token(authorization, token):
+            raise ApiError(401, "a valid bearer token is needed: send Authorization: Bearer TOKEN")
 
     def told(self, scope: dict[str, Any], status: int, seconds: float, mark: str) -> None:
         route = getattr(scope.get("route"), "path", "other")
@@ -128,6 +103,12 @@ class Gate:
         level = logging.INFO if status >= 400 or seconds > SLOW_S else logging.DEBUG
         if log.isEnabledFor(level):
             log.log(level, json.dumps(line | scope.get("state", {}).get("told", {})))
+
+
+def path_of(scope: dict[str, Any]) -> str:
+    """The address below the application's route prefix."""
+    path, root = str(scope["path"]), str(scope.get("root_path") or "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def has_token(authorization: str, token: str) -> bool:

@@ -5,7 +5,7 @@ import torch
 from ldm_ray.latents.paths import interpolate, plane
 from serve.errors import ApiError, invalid
 from serve.library import Served
-from serve.schemas import DecodeRequest, InterpolationRequest
+from serve.schemas import DecodeRequest, InterpolationRequest, scale_of
 from serve.service import Order, Service
 
 
@@ -15,10 +15,11 @@ async def interpolation(service: Service, request: InterpolationRequest) -> Orde
     labels = service.labels(served, [request.start.class_label, request.end.class_label])
     sampling = service.sampling(served, request)
     ends = Order(served, [request.start.seed, request.end.seed], labels, sampling)
-    job = await service.run(ends)
+    with service.taken(ends):
+        job = await service.run(ends)
     service.made(ends, job)
     start, end = job.latents
-    return decoding(served, interpolate(start, end, request.n, request.method))
+    return decoding(served, interpolate(start, end, request.n, request.method), request.size)
 
 
 async def decode(service: Service, request: DecodeRequest) -> Order:
@@ -27,12 +28,12 @@ async def decode(service: Service, request: DecodeRequest) -> Order:
     dim = served.generator.codec.latent_dim
     if any(len(row) != dim for row in request.latents):
         raise invalid("latents", f"each of the latents is {dim} numbers")
-    return decoding(served, torch.tensor(request.latents, dtype=torch.float32))
+    return decoding(served, torch.tensor(request.latents, dtype=torch.float32), request.size)
 
 
-def decoding(served: Served, latents: torch.Tensor) -> Order:
+def decoding(served: Served, latents: torch.Tensor, size: str) -> Order:
     count = len(latents)
-    return Order(served, [0] * count, [None] * count, None, latents)
+    return Order(served, [0] * count, [None] * count, None, latents, scale_of(size))
 
 
 async def latent_map(service: Service, model: str | None, n: int, seed: int) -> dict[str, object]:
@@ -43,7 +44,8 @@ async def latent_map(service: Service, model: str | None, n: int, seed: int) -> 
     served = await service.library.get(model)
     labels = service.labels(served, served.generator.in_turn(n, served.only_digit))
     order = Order(served, range(seed, seed + n), labels, service.settled(served, None, None, None))
-    job = await service.run(order)
+    with service.taken(order):
+        job = await service.run(order)
     service.made(order, job)
     if any(outcome is None or outcome.value != "done" for outcome in job.outcomes):
         raise ApiError(500, "some images came out as numbers that are not finite", code="not_finite")

@@ -1,27 +1,32 @@
 """The checkpoints of a replica: which there are, which are loaded, and changing the served one."""
 
 import asyncio
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import logging
+import math
 import threading
 from collections import OrderedDict
 from functools import partial
 from typing import Any
 
-from ldm_ray import checkpoint, runs
+from ldm_ray import runs
 from ldm_ray.config import SAMPLERS, SamplingConfig
 from ldm_ray.devices import pick_device
 from ldm_ray.diffusion.samplers import DEFAULT_STEPS
-from ldm_ray.errors import LdmError
-from ldm_ray.generator import Generator
+from ldm_ray.errors import CheckpointError, LdmError
+from ldm_ray.generator import Generator, load
 from ldm_ray.paths import AnyPath, to_path
 from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slots import Slots
-from serve.errors import ApiError
+from ldm_ray.tiles import single_threaded
+from serve.errors import ApiError, cut
 from serve.schemas import MAX_IMAGES, MAX_SCALE
 from serve.settings import Settings, check_size
 
-WARM_IMAGES = 64
+WARM_IMAGES, WARM_S = 64, 60.0
 log = logging.getLogger("ray.serve")
 
 
@@ -33,11 +38,13 @@ class Served:
         self.name, self.path, self.stamp = name, path, stamp_of(path)
         search = [path.parent] + ([to_path(settings.outdir)] if settings.outdir else [])
         ae_ckpt = to_path(settings.ae_ckpt) if settings.ae_ckpt else None
-        self.generator, args = Generator.open(path, pick_device(settings.device), ae_ckpt, search=search)
+        with single_threaded():  # weights are small: threads would wait for each other longer than they copy
+            loaded = load(path, ae_ckpt, search=search)
+            self.generator = Generator.of(loaded, pick_device(settings.device))
         check_size(path, self.generator.codec.image_size)
-        self.only_digit: int | None = args.get("only_digit")
-        told = checkpoint.summary(checkpoint.read(path)[0])
-        self.quality = {key: told[key] for key in ("epoch", "train_loss", "val_loss") if key in told}
+        self.only_digit = only_digit_in(loaded.info.get("args", {}), self.generator.num_classes, path)
+        numbers = {key: loaded.info.get(key) for key in ("epoch", "train_loss", "val_loss")}
+        self.quality = {key: told for key, told in numbers.items() if is_number(told)}
         self.created = int(path.stat().st_mtime)
         self.fingerprint = self.generator.fingerprint
         self.slots = Slots(self.generator)
@@ -55,13 +62,14 @@ class Served:
                     on_done=partial(settled, done),
                 )
                 self.slots.submit(job)
-                done.wait()
+                if not done.wait(WARM_S):
+                    raise LdmError(f"{self.path.name} made no images within {WARM_S:g} s")
                 if any(outcome is not Outcome.DONE for outcome in job.outcomes):
                     raise LdmError(f"{self.path.name} makes images of numbers that are not finite")
 
     def close(self, drain_s: float) -> None:
         self.slots.close(drain_s)
-        self.generator.tiles.pool.shutdown(wait=False)
+        self.generator.tiles.pool.shutdown(wait=True)
 
     def describe(self, settings: Settings) -> dict[str, Any]:
         """As /v1/models tells of it."""
@@ -107,6 +115,19 @@ def settled(done: threading.Event, _: Job) -> None:
     done.set()
 
 
+def is_number(value: object) -> bool:
+    """Whether JSON can say it as a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def only_digit_in(args: dict[str, Any], classes: int, path: AnyPath) -> int | None:
+    """The one class that a model was trained on. CheckpointError when it is none."""
+    only = args.get("only_digit")
+    if only is None or (type(only) is int and 0 <= only < classes):
+        return only
+    raise CheckpointError(f"checkpoint {path} says only_digit {str(only)[:40]!r}; allowed is 0 to {classes - 1}")
+
+
 class Library:
     """Loads on demand, keeps so many, never lets the default go."""
 
@@ -115,54 +136,83 @@ class Library:
         self.settings = settings
         self.default = self._load(to_path(settings.ckpt))
         self.loaded: OrderedDict[str, Served] = OrderedDict({self.default.name: self.default})
-        self._lock = asyncio.Lock()
+        self._loading: dict[str, asyncio.Task[Served]] = {}
+        self._lock = asyncio.Lock()  # one is loaded at a time; what is loaded waits for none
 
     async def known(self) -> dict[str, AnyPath]:
         """Every checkpoint that can be asked for, the default first."""
-        found = {self.default.name: self.default.path}
-        found |= {name: served.path for name, served in self.loaded.items() if name not in found}
+        paths = {self.default.name: self.default.path}
+        paths |= {name: served.path for name, served in self.loaded.items() if name not in paths}
         if self.settings.outdir:
-            for path in await asyncio.to_thread(runs.diffusion_checkpoints, to_path(self.settings.outdir)):
-                found.setdefault(name_of(path), path)
-        return found
+            try:
+                for path in await asyncio.to_thread(runs.diffusion_checkpoints, to_path(self.settings.outdir)):
+                    paths.setdefault(name_of(path), path)
+            except (LdmError, OSError) as error:  # deleted while it was looked at, or a store that does not answer
+                log.error("the checkpoints cannot be listed: %s", error)
+        return paths
 
     async def get(self, name: str | None) -> Served:
-        """ApiError 404: unknown; 503: it does not load."""
+        """ApiError 404: unknown; 503: it does not load. What is loaded goes on when its file is deleted."""
         if name is None or name == self.default.name:
             return self.default
-        path = (await self.known()).get(name)
-        if path is None:
-            raise ApiError(404, f"there is no model {name[:200]!r}; /v1/models lists them", "model", "model_not_found")
-        async with self._lock:
-            found = self.loaded.get(name)
-            if found is None or found.stamp != await asyncio.to_thread(stamp_of, path):
-                try:
-                    fresh = await asyncio.to_thread(self._load, path)
-                except (LdmError, OSError) as error:
-                    log.error("model %s does not load: %s", name, error)
-                    raise ApiError(
-                        503, f"model {name} does not load; the server's log has the reason", "model"
-                    ) from None
-                await self._keep(fresh)
-                found = fresh
+        served = self.loaded.get(name)
+        path = served.path if served else (await self.known()).get(name)
+        stamp = None if path is None else await asyncio.to_thread(stamp_or_none, path)
+        if path is None or (stamp is None and name not in self.loaded):
+            raise ApiError(
+                404, f"there is no model {cut(name, 100)!r}; /v1/models lists them", "model", "model_not_found"
+            )
+        if served is None or self.loaded.get(name) is not served or stamp not in (None, served.stamp):
+            served = await self._fresh(name, path)
+        if name in self.loaded:
             self.loaded.move_to_end(name)
-            return found
+        return served
+
+    async def _fresh(self, name: str, path: AnyPath) -> Served:
+        """Loads a checkpoint once for all who wait for it, and goes on when they leave. ApiError 503."""
+        task = self._loading.get(name)
+        if task is None:
+            task = self._loading[name] = asyncio.create_task(self._load_and_keep(path))
+            task.add_done_callback(lambda done: self._loaded_or_not(name, done))
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), self.settings.deadline_s)
+        except asyncio.TimeoutError:
+            told = f"model {cut(name, 100)!r} is still being loaded; try again"
+            raise ApiError(503, told, "model", headers={"Retry-After": "5"}) from None
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            told = f"model {cut(name, 100)!r} does not load; the server's log has the reason"
+            raise ApiError(503, told, "model") from None
+
+    def _loaded_or_not(self, name: str, task: asyncio.Task[Served]) -> None:
+        del self._loading[name]
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            expected = isinstance(error, LdmError | OSError)
+            log.error("model %s does not load: %s", name, error, exc_info=None if expected else error)
+
+    async def _load_and_keep(self, path: AnyPath) -> Served:
+        async with self._lock:
+            fresh = await asyncio.to_thread(self._load, path)
+            self._keep(fresh)
+            return fresh
 
     async def serve(self, ckpt: str) -> None:
         """Makes another checkpoint the default, once it is loaded and warm. LdmError: it stays as it was."""
         async with self._lock:
             fresh = await asyncio.to_thread(self._load, to_path(ckpt).absolute())
             self.default = fresh
-            await self._keep(fresh)
+            self._keep(fresh)
 
-    async def _keep(self, fresh: Served) -> None:
+    def _keep(self, fresh: Served) -> None:
         gone = [self.loaded.pop(fresh.name)] if fresh.name in self.loaded else []
         self.loaded[fresh.name] = fresh
         for name in list(self.loaded):
             if len(self.loaded) > self.settings.models and name not in (self.default.name, fresh.name):
                 gone.append(self.loaded.pop(name))
-        for old in gone:  # what it has taken is finished, while others are served
-            threading.Thread(target=old.close, args=(self.settings.deadline_s,), daemon=True).start()
+        while gone:  # what it has taken is finished, while others are served
+            threading.Thread(target=close_for_good, args=([gone.pop()], self.settings.deadline_s), daemon=True).start()
 
     def close(self) -> None:
         for served in self.loaded.values():
@@ -178,11 +228,27 @@ class Library:
         return served
 
 
+def close_for_good(last: list[Served], drain_s: float) -> None:
+    """Closes the last reference to a model, and gives its memory back to the system: glibc would keep it."""
+    last.pop().close(drain_s)
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def name_of(path: AnyPath) -> str:
     """The run's name for its ``latest.pt``, run and file for its other checkpoints, else the file's name."""
     if path.name == "latest.pt":
         return path.parent.name
     return f"{path.parent.name}-{path.stem}" if path.stem.startswith("checkpoint_epoch_") else path.stem
+
+
+def stamp_or_none(path: AnyPath) -> tuple[int, int] | None:
+    """None where there is no file, or no answer."""
+    try:
+        return stamp_of(path)
+    except (LdmError, OSError):
+        return None
 
 
 def stamp_of(path: AnyPath) -> tuple[int, int]:

@@ -1,19 +1,21 @@
-"""Images as a client asks for them: JSON, PNG, GIF, npy, zip. Same images, same bytes."""
+"""Images as a client asks for them: JSON, PNG, GIF, npy, zip. Same images, same bytes.
+
+What may be large comes in parts, so that whoever encodes it can stop, or let others pass, between two of them.
+"""
 
 import base64
 import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from ldm_ray.data.images import encode_png, grid
+from ldm_ray.data.images import encode_png, enlarged, gif_parts, grid
 from serve.errors import ApiError
 
 JSON, PNG, GIF, NPY, ZIP = "application/json", "image/png", "image/gif", "application/x-npy", "application/zip"
@@ -57,30 +59,19 @@ def negotiate(accept: str | None, kinds: Sequence[str] = KINDS) -> str:
     return wanted
 
 
-def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
-    """(…, H, W) with every pixel repeated scale × scale times."""
-    return pixels if scale == 1 else pixels.repeat(scale, axis=-2).repeat(scale, axis=-1)
-
-
 def png(made: Made, scale: int = 1) -> bytes:
     """The PNG of one image, with its parameters as text."""
     assert made.pixels is not None
     return encode_png(enlarged(made.pixels, scale), made.text)
 
 
-def items(images: Sequence[Made], scale: int) -> list[dict[str, Any]]:
-    """What JSON says of each image."""
-    found = []
-    for made in images:
-        told: dict[str, Any] = {"seed": made.seed, "label": made.label}
-        if made.pixels is None:
-            told["error"] = made.error
-        else:
-            data = png(made, scale)
-            told["b64_json"] = base64.b64encode(data).decode()
-            told["sha256"] = hashlib.sha256(data).hexdigest()
-        found.append(told)
-    return found
+def item(made: Made, scale: int) -> dict[str, Any]:
+    """What JSON says of an image."""
+    told: dict[str, Any] = {"seed": made.seed, "label": made.label}
+    if made.pixels is None:
+        return told | {"error": made.error}
+    data = png(made, scale)
+    return told | {"b64_json": base64.b64encode(data).decode(), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def stack(images: Sequence[Made]) -> np.ndarray:
@@ -88,20 +79,37 @@ def stack(images: Sequence[Made]) -> np.ndarray:
     return np.stack([made.pixels for made in images if made.pixels is not None])
 
 
-def render(kind: str, images: Sequence[Made], scale: int, common: dict[str, str]) -> bytes:
-    """PNG (one image, or a grid), npy (N, H, W) uint8, or zip of all images that did not fail."""
+def parts(kind: str, images: Sequence[Made], scale: int, common: dict[str, str]) -> Iterator[bytes]:
+    """The parts of a PNG (one image, or a grid), an npy (N, H, W) uint8, or a zip of all that did not fail."""
     fine = [made for made in images if made.pixels is not None]
     if kind == NPY:
-        buffer = io.BytesIO()
-        np.save(buffer, enlarged(stack(fine), scale))
-        return buffer.getvalue()
-    if kind == ZIP:
-        return zipped(images, scale, common)
-    if len(fine) == 1:
-        return png(fine[0], scale)
-    return encode_png(
-        enlarged(sheet(stack(fine)), scale), common | {"seeds": ",".join(str(made.seed) for made in fine)}
-    )
+        yield from npy_parts(stack(fine), scale)
+    elif kind == ZIP:
+        yield from zip_parts(images, scale, common)
+    elif len(fine) == 1:
+        yield png(fine[0], scale)
+    else:
+        seeds = ",".join(str(made.seed) for made in fine)
+        yield encode_png(enlarged(sheet(stack(fine)), scale), common | {"seeds": seeds})
+
+
+def json_parts(head: dict[str, Any], images: Sequence[Made], scale: int) -> Iterator[bytes]:
+    """``head`` with the images as its ``data``."""
+    yield json.dumps(head, separators=(",", ":"))[:-1].encode() + b',"data":['
+    for i, made in enumerate(images):
+        yield b"," * (i > 0) + json.dumps(item(made, scale), separators=(",", ":")).encode()
+    yield b"]}"
+
+
+def npy_parts(pixels: np.ndarray, scale: int) -> Iterator[bytes]:
+    """(N, H, W) uint8 as ``numpy.save`` writes them when enlarged."""
+    count, height, width = pixels.shape
+    shape = (count, height * scale, width * scale)
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    yield buffer.getvalue()
+    for picture in pixels:
+        yield enlarged(picture, scale).tobytes()
 
 
 def sheet(pixels: np.ndarray) -> np.ndarray:
@@ -109,17 +117,13 @@ def sheet(pixels: np.ndarray) -> np.ndarray:
     return grid(torch.from_numpy(pixels)[:, None])
 
 
-def gif(frames: Sequence[np.ndarray], scale: int) -> bytes:
-    """(N, H, W) images at several moments, as an endless picture of their denoising."""
-    pictures = [Image.fromarray(enlarged(sheet(frame), scale)) for frame in frames]
-    buffer = io.BytesIO()
-    durations = [80] * (len(pictures) - 1) + [1500]
-    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-    return buffer.getvalue()
+def film(frames: Sequence[np.ndarray], scale: int) -> Iterator[bytes]:
+    """(N, H, W) images at several moments, as the parts of an endless GIF of their denoising."""
+    return gif_parts([sheet(frame) for frame in frames], scale)
 
 
-def zipped(images: Sequence[Made], scale: int, common: dict[str, str]) -> bytes:
-    """PNGs and ``manifest.json``, which also names what failed."""
+def zip_parts(images: Sequence[Made], scale: int, common: dict[str, str]) -> Iterator[bytes]:
+    """PNGs and ``manifest.json``, which also names what failed; the bytes come at the end."""
     buffer, manifest = io.BytesIO(), []
     with zipfile.ZipFile(buffer, "w") as archive:
         for i, made in enumerate(images):
@@ -131,6 +135,7 @@ def zipped(images: Sequence[Made], scale: int, common: dict[str, str]) -> bytes:
                 entry |= {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
             manifest.append(entry)
+            yield b""
         told = json.dumps({"parameters": common, "images": manifest}, indent=1)
         archive.writestr(zipfile.ZipInfo("manifest.json", EPOCH), told)
-    return buffer.getvalue()
+    yield buffer.getvalue()

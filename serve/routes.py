@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from ldm_ray.config import MAX_SEED
 from serve import latents, media
 from serve.errors import ApiError, install, invalid, json_response
 from serve.gate import Gate
-from serve.library import Served
+from serve.library import Served, stamp_or_none
 from serve.schemas import (
     DecodeRequest,
     ErrorResponse,
@@ -24,14 +25,13 @@ from serve.schemas import (
     InterpolationRequest,
     MapQuery,
     Permalink,
-    scale_of,
 )
 from serve.service import CACHED, Order, Service
+from serve.settings import SIDE
 from serve.stream import events, moments
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-INLINE = 64 * 28 * 28  # pixels up to which encoding does not need a thread
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 Accept = Annotated[str | None, Header(description=", ".join(media.KINDS))]
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -48,7 +48,9 @@ IMAGES: dict[int | str, dict[str, Any]] = {
 
 def build(service: Service) -> FastAPI:
     """The application over one replica's service."""
-    app = FastAPI(title="ldm_ray", version=ldm_ray.__version__, description="Digits by latent diffusion.")
+    app = FastAPI(
+        title="ldm_ray", version=ldm_ray.__version__, description="Digits by latent diffusion.", redirect_slashes=False
+    )  # a redirect would repeat the Host header that a client sent
     install(app)
     images(app, service)
     models(app, service)
@@ -65,26 +67,28 @@ def images(app: FastAPI, service: Service) -> None:
         kinds = (*media.KINDS, "text/event-stream") if body.stream else media.KINDS
         kind = media.negotiate(accept, kinds)
         order = await service.order(body)
-        scale = scale_of(body.size)
         request.state.told = {"images": body.n, "steps": order.steps}
         if body.stream:
+            order = replace(order, show=moments(order.steps, body.partial_images or 0))
             service.admit(order)  # while an answer can still be an error
-            stream = events(service, order, body.partial_images or 0, scale, head(order, scale))
+            stream = events(service, order, head(order))
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await answer(service, order, kind, scale)
+        if kind == media.GIF:
+            order = replace(order, show=moments(order.steps, media.GIF_FRAMES - 1))
+        return await answer(service, order, kind)
 
     @app.post("/v1/images/interpolations", responses=IMAGES, tags=["latents"])
     async def interpolations(body: InterpolationRequest, accept: Accept = None) -> Response:
         """Makes the images between two seeds, through the latents of both."""
         kind = media.negotiate(accept)
         order = await latents.interpolation(service, body)
-        return await answer(service, order, kind, scale_of(body.size), sequence=True)
+        return await answer(service, order, kind, sequence=True)
 
     @app.post("/v1/latents/decode", responses=IMAGES, tags=["latents"])
     async def decode(body: DecodeRequest, accept: Accept = None) -> Response:
         """Makes the images of whitened latents."""
         kind = media.negotiate(accept)
-        return await answer(service, await latents.decode(service, body), kind, scale_of(body.size), sequence=True)
+        return await answer(service, await latents.decode(service, body), kind, sequence=True)
 
     @app.get("/v1/latents/map", responses=ERRORS, tags=["latents"])
     async def latent_map(query: Annotated[MapQuery, Query()]) -> Response:
@@ -112,19 +116,20 @@ def images(app: FastAPI, service: Service) -> None:
             raise invalid("label", "a label is a digit, or none")
         labels = service.labels(served, [None if label == "none" else int(label)])
         sampling = service.settled(served, query.sampler, query.steps, query.guidance)
-        order = Order(served, [int(seed)], labels, sampling)
-        return await one_image(service, order, query.scale, if_none_match)
+        order = Order(served, [int(seed)], labels, sampling, scale=query.scale)
+        return await one_image(service, order, if_none_match)
 
 
-async def one_image(service: Service, order: Order, scale: int, if_none_match: str | None) -> Response:
+async def one_image(service: Service, order: Order, if_none_match: str | None) -> Response:
     """A permalink's PNG, or 304."""
     import hashlib
 
-    key = (order.served.generator.sha256, order.served.name, order.seeds[0], order.labels[0], order.sampling, scale)
+    model = order.served.generator.sha256, order.served.name
+    key = (*model, order.seeds[0], order.labels[0], order.sampling, order.scale)
     data = service.cache.get(key)
     if data is None:
-        job = await service.run(order)
-        data = media.png(service.made(order, job)[0], scale)
+        with service.taken(order):
+            data = media.png(service.made(order, await service.run(order))[0], order.scale)
         remember(service.cache, key, data)
     tag = f'"{hashlib.sha256(data).hexdigest()}"'
     reach = "private" if service.settings.token else "public"
@@ -143,7 +148,7 @@ def remember(cache: OrderedDict[tuple[object, ...], bytes], key: tuple[object, .
             cache.popitem(last=False)
 
 
-async def answer(service: Service, order: Order, kind: str, scale: int, sequence: bool = False) -> Response:
+async def answer(service: Service, order: Order, kind: str, sequence: bool = False) -> Response:
     """The images of an order in the kind asked for. sequence: its images are themselves the frames of a GIF."""
     frames: dict[int, np.ndarray] = {}
 
@@ -152,30 +157,27 @@ async def answer(service: Service, order: Order, kind: str, scale: int, sequence
             frames[step] = np.zeros((len(order.seeds), *pixels.shape), dtype=np.uint8)
         frames[step][i] = pixels
 
-    show = moments(order.steps, media.GIF_FRAMES - 1) if kind == media.GIF and not sequence else []
-    job = await service.run(order, show, keep)
-    made = service.made(order, job)
-    started = time.perf_counter()
-
-    def encode() -> Response:
+    with service.taken(order):
+        deadline = service.deadline()
+        made = service.made(order, await service.run(order, keep, deadline))
+        started = time.perf_counter()
         if kind == media.JSON:
-            return json_response(head(order, scale) | {"data": media.items(made, scale)})
-        if kind == media.GIF:
+            parts = media.json_parts(head(order), made, order.scale)
+        elif kind == media.GIF:
             last = media.stack(made)
             pictures = [frame[None] for frame in last] if sequence else [*(frames[s] for s in sorted(frames)), last]
-            return Response(media.gif(pictures, scale), media_type=kind)
-        return Response(media.render(kind, made, scale, order.text()), media_type=kind)
-
-    small = len(order.seeds) * (28 * scale) ** 2 <= INLINE and kind != media.GIF
-    response = encode() if small else await asyncio.to_thread(encode)
+            parts = media.film(pictures, order.scale)
+        else:
+            parts = media.parts(kind, made, order.scale, order.text())
+        data = await service.encoder.encode(parts, order.pixels, deadline)
     service.metrics.stages.labels("encode").observe(time.perf_counter() - started)
-    return response
+    return Response(data, media_type=kind)
 
 
-def head(order: Order, scale: int) -> dict[str, Any]:
+def head(order: Order) -> dict[str, Any]:
     """What a JSON answer says of all images."""
     told: dict[str, Any] = {"created": int(time.time()), "model": order.served.name, "output_format": "png"}
-    told |= {"size": f"{28 * scale}x{28 * scale}", "fingerprint": order.served.fingerprint}
+    told |= {"size": f"{SIDE * order.scale}x{SIDE * order.scale}", "fingerprint": order.served.fingerprint}
     if order.sampling is not None:
         told |= {"num_inference_steps": order.steps, "sampler": order.sampling.sampler}
         told["guidance_scale"] = order.sampling.guidance_scale
@@ -186,19 +188,16 @@ def models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses=ERRORS, tags=["models"])
     async def every_model() -> Response:
         """The checkpoints; the served one first. What is not loaded is loaded when it is asked for."""
-        loaded = service.library.loaded
-        return json_response(
-            {
-                "object": "list",
-                "data": [
-                    describe(service, loaded[name])
-                    if name in loaded
-                    else {"id": name, "object": "model", "owned_by": "ldm_ray", "created": int(path.stat().st_mtime),
-                          "loaded": False}
-                    for name, path in (await service.library.known()).items()
-                ],
-            }
-        )  # fmt: skip
+        library, paths = service.library, await service.library.known()
+        stamps = await asyncio.to_thread(lambda: {name: stamp_or_none(path) for name, path in paths.items()})
+        data = []
+        for name, stamp in stamps.items():
+            if name in library.loaded:
+                data.append(describe(service, library.loaded[name]))
+            elif stamp is not None:  # not deleted since
+                told = {"id": name, "object": "model", "owned_by": "ldm_ray", "created": stamp[0] // 10**9}
+                data.append(told | {"loaded": False})
+        return json_response({"object": "list", "data": data})
 
     @app.get("/v1/models/{model}", responses=ERRORS, tags=["models"])
     async def one_model(model: str) -> Response:

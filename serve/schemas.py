@@ -22,28 +22,62 @@ Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), Whole]
 Label = Annotated[int, Field(strict=True, ge=0, le=4095), Whole]
 Steps = Annotated[int, Field(strict=True, ge=1, le=1000), Whole]
 Partial = Annotated[int, Field(strict=True, ge=0, le=16), Whole]
+Each = Field(min_length=1, max_length=MAX_IMAGES, fail_fast=True)
 Number = Annotated[float, Field(strict=True, ge=-1000, le=1000, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
+    """Unknown fields are refused; null, or nothing in a query, is a field left out."""
+
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        unknown = [name for name in value if name not in cls.model_fields][1:]  # one is enough for an error
+        dropped = {*unknown, *(name for name, each in value.items() if each is None and name in cls.model_fields)}
+        return {name: each for name, each in value.items() if name not in dropped}
 
-class Sampling(Strict):
-    """How images are made; what is left out is the model's default."""
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        schema = handler(core_schema)
+        told = handler.resolve_ref_schema(schema)
+        for name, each in told.get("properties", {}).items():
+            nullable = {"type": "null"} in each.get("anyOf", ())
+            if name not in told.get("required", ()) and not nullable:
+                kept = {key: each.pop(key) for key in ("title", "description", "default", "examples") if key in each}
+                told["properties"][name] = {"anyOf": [each, {"type": "null"}]} | kept
+        return schema
+
+
+class Output(Strict):
+    """Which model makes images, and how they are given. Beside it, what OpenAI's clients may ask for and is done."""
 
     model: str | None = Field(None, max_length=200, description="one of /v1/models [the served one]")
-    num_inference_steps: Steps | None = Field(None, examples=[8])
-    sampler: Literal[SAMPLERS] | None = Field(None, examples=["dpmpp_2m_sde"])  # type: ignore[valid-type]
-    guidance_scale: float | None = Field(None, strict=True, ge=0, le=20, allow_inf_nan=False, examples=[2.75])
-    size: str = Field("28x28", description="28x28 times a whole number up to 16 (448x448)", examples=["28x28"])
+    size: str = Field("28x28", description="28x28 times a whole number up to 16 (448x448); auto", examples=["28x28"])
     response_format: Literal["b64_json"] = "b64_json"
+    output_format: Literal["png"] = "png"
+    output_compression: Annotated[Literal[100], Whole] = Field(100, description="PNG loses nothing")
+    quality: Literal["auto", "standard"] = "auto"
+    background: Literal["auto", "opaque"] = "auto"
+    moderation: Literal["auto", "low"] = "auto"
+    user: str | None = Field(None, max_length=1000, description="changes nothing")
 
     @field_validator("size")
     @classmethod
     def check_size(cls, size: str) -> str:
         scale_of(size)
         return size
+
+
+class Sampling(Output):
+    """How images are made; what is left out is the model's default."""
+
+    num_inference_steps: Steps | None = Field(None, examples=[8])
+    sampler: Literal[SAMPLERS] | None = Field(None, examples=["dpmpp_2m_sde"])  # type: ignore[valid-type]
+    guidance_scale: float | None = Field(None, strict=True, ge=0, le=20, allow_inf_nan=False, examples=[2.75])
 
 
 class GenerationRequest(Sampling):
@@ -57,14 +91,15 @@ class GenerationRequest(Sampling):
         description='a digit, "7" or "seven"; or the name of a class',
         examples=["seven"],
     )
-    class_label: Label | list[Label | None] | None = Field(
+    class_label: Label | Annotated[list[Label | None], Each] | None = Field(
         None,
-        description="a digit (or class number), one for each image, or null: unconditional; wins over prompt",
+        description="a digit (or class number), or one for each image, where null is unconditional; wins over prompt; "
+        "without both, images are unconditional",
         examples=[7],
     )
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES), Whole] = 1
     seed: Seed | None = Field(None, description="image i has seed + i [drawn, and returned]", examples=[42])
-    seeds: list[Seed] | None = Field(None, min_length=1, max_length=MAX_IMAGES, description="one for each image")
+    seeds: Annotated[list[Seed], Each] | None = Field(None, description="one for each image")
     stream: bool = Field(False, strict=True, description="server-sent events")
     partial_images: Partial | None = Field(None, description="of each image, while it is denoised")
 
@@ -83,7 +118,16 @@ class GenerationRequest(Sampling):
         return self
 
 
-class Permalink(Strict):
+class Asked(Strict):
+    """A query: ``steps=`` without a value is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_empty(cls, value: Any) -> Any:
+        return {name: each for name, each in value.items() if each != ""} if isinstance(value, dict) else value
+
+
+class Permalink(Asked):
     """The query of GET /v1/images/{model}/{label}/{seed}.png"""
 
     steps: int | None = Field(None, ge=1, le=1000)
@@ -115,24 +159,18 @@ class InterpolationRequest(Sampling):
     method: Literal["linear", "spherical"] = "linear"
 
 
-class DecodeRequest(Strict):
+class DecodeRequest(Output):
     """POST /v1/latents/decode"""
 
-    model: str | None = Field(None, max_length=200)
-    latents: list[Annotated[list[Number], Field(min_length=1, max_length=4096)]] = Field(
-        min_length=1, max_length=MAX_IMAGES, description="whitened latents, each of the model's latent_size"
+    latents: list[Annotated[list[Number], Field(min_length=1, max_length=4096, fail_fast=True)]] = Field(
+        min_length=1,
+        max_length=MAX_IMAGES,
+        fail_fast=True,
+        description="whitened latents, each of the model's latent_size",
     )
-    size: str = "28x28"
-    response_format: Literal["b64_json"] = "b64_json"
-
-    @field_validator("size")
-    @classmethod
-    def check_size(cls, size: str) -> str:
-        scale_of(size)
-        return size
 
 
-class MapQuery(Strict):
+class MapQuery(Asked):
     """The query of GET /v1/latents/map"""
 
     model: str | None = Field(None, max_length=200)
@@ -174,7 +212,9 @@ class ErrorResponse(BaseModel):
 
 
 def scale_of(size: str) -> int:
-    """The whole number that ``28x28`` is multiplied by. ValueError on anything else."""
+    """The whole number that ``28x28`` is multiplied by, 1 for ``auto``. ValueError on anything else."""
+    if size == "auto":
+        return 1
     match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", size)
     width, height = (int(match[1]), int(match[2])) if match else (0, 0)
     if width != height or width % SIDE or not 1 <= width // SIDE <= MAX_SCALE:

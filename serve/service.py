@@ -5,7 +5,8 @@ import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -18,15 +19,17 @@ from ldm_ray.diffusion.samplers import denoiser_rows
 from ldm_ray.errors import ConfigError
 from ldm_ray.slot_jobs import Job, Outcome
 from ldm_ray.slots import Closed
+from serve.encoder import Encoder
 from serve.errors import ApiError, invalid
 from serve.library import Library, Served
 from serve.media import Made
 from serve.metrics import Metrics
-from serve.schemas import GenerationRequest, Sampling
-from serve.settings import Settings
+from serve.schemas import GenerationRequest, Sampling, scale_of
+from serve.settings import SIDE, Settings
 
 SURE = 0.7  # share of the deadline within which an image is promised: the rate is an estimate
 CACHED = 4096  # permalink images
+ANSWERS = 8  # largest answers that may be on their way at once
 REASONS = {
     Outcome.FAILED: ApiError(500, "this image came out as numbers that are not finite", code="not_finite"),
     Outcome.EXPIRED: ApiError(408, "the deadline came before this image was finished"),
@@ -49,6 +52,8 @@ class Order:
     labels: Sequence[int | None]
     sampling: SamplingConfig | None
     start: torch.Tensor | None = None
+    scale: int = 1  # pixels of the answer for each pixel
+    show: Sequence[int] = ()  # after which steps the images so far are part of the answer
 
     @cached_property
     def steps(self) -> int:
@@ -60,6 +65,15 @@ class Order:
         if self.sampling is None:
             return len(self.seeds)
         return len(self.seeds) * denoiser_rows(self.served.slots.plan(self.sampling), self.sampling.guidance_scale)
+
+    @property
+    def pixels_of_one(self) -> int:
+        return (SIDE * self.scale) ** 2
+
+    @property
+    def pixels(self) -> int:
+        """Pixels that the answer holds."""
+        return len(self.seeds) * self.pixels_of_one * (1 + len(self.show))
 
     def text(self) -> dict[str, str]:
         """What every image's PNG says, beside seed and label."""
@@ -89,21 +103,25 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.library = settings, Library(settings)
         self.metrics = Metrics(lambda: {name: served.slots for name, served in list(self.library.loaded.items())})
+        self.encoder = Encoder()
+        self.pixels = 0  # of the answers that are being made
         self.draining = False
         self.cache: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
 
     def close(self) -> None:
         self.draining = True
         self.library.close()
+        self.encoder.close()
 
     # --- from a request to an order ---
 
     async def order(self, request: GenerationRequest) -> Order:
         """ApiError on what cannot be made."""
         served = await self.library.get(request.model)
-        if "class_label" in request.model_fields_set:
-            given = request.class_label
-            labels = given if isinstance(given, list) else [given] * request.n
+        labels: Sequence[int | None]
+        if request.class_label is not None:
+            wanted = request.class_label
+            labels = wanted if isinstance(wanted, list) else [wanted] * request.n
         elif request.prompt is not None:
             try:
                 labels = [class_in(request.prompt, served.generator.class_names)] * request.n
@@ -116,7 +134,9 @@ class Service:
         else:
             first = secrets.randbelow(MAX_SEED - request.n + 2) if request.seed is None else request.seed
             seeds = list(range(first, first + request.n))
-        return Order(served, seeds, self.labels(served, labels), self.sampling(served, request))
+        return Order(
+            served, seeds, self.labels(served, labels), self.sampling(served, request), scale=scale_of(request.size)
+        )
 
     def labels(self, served: Served, labels: Sequence[int | None]) -> list[int | None]:
         """ApiError on a label that the model does not make."""
@@ -143,34 +163,53 @@ class Service:
     # --- from an order to images ---
 
     def admit(self, order: Order) -> None:
-        """ApiError: 400 more work than one request may be, 429 more than there is room for, 503 while draining."""
+        """ApiError: 400 more than one request may be, 429 more than there is room for, 503 while draining."""
         if self.draining:
             raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
         limits, slots = self.settings, order.served.slots
-        work = order.work
+        work, pixels = order.work, order.pixels
         if work > limits.max_work:
             told = f"n × steps, guided ones twice, is {work:,}; at most {limits.max_work:,} is allowed"
             raise invalid("n", told, "too_much_work")
+        if pixels > limits.max_pixels:
+            frames = f" × {1 + len(order.show)} frames" if order.show else ""
+            told = f"{len(order.seeds)} images × {order.pixels_of_one:,} pixels{frames} is {pixels:,} pixels; at most "
+            told += f"{limits.max_pixels:,} are allowed: ask for fewer images, a smaller size or fewer frames (steps)"
+            raise invalid("size", told, "too_many_pixels")
         queued = sum(served.slots.outstanding for served in self.library.loaded.values())
         images = sum(served.slots.open for served in self.library.loaded.values())
         rate = slots.rate or math.inf
         late = slots.wait(order.steps, work) - SURE * limits.deadline_s  # by so much it would be too late
         excess = queued + work - limits.max_queue
-        if queued and (late > 0 or excess > 0 or images + len(order.seeds) > limits.max_images):
+        crowded = queued and (late > 0 or excess > 0 or images + len(order.seeds) > limits.max_images)
+        if crowded or (self.pixels and self.pixels + pixels > ANSWERS * limits.max_pixels):
             wait = math.ceil(min(60.0, max(1.0, late, excess / rate)))
             raise ApiError(429, f"the queue is full; try again in {wait} s", headers={"Retry-After": str(wait)})
+
+    @contextmanager
+    def taken(self, order: Order) -> Iterator[None]:
+        """Counts an order among those that are being made, until its answer is encoded. ApiError as ``admit``."""
+        self.admit(order)
+        self.pixels += order.pixels
+        try:
+            yield
+        finally:
+            self.pixels -= order.pixels
+
+    def deadline(self) -> float:
+        """The ``time.monotonic()`` by which a request of now must have its answer."""
+        return time.monotonic() + self.settings.deadline_s
 
     async def run(
         self,
         order: Order,
-        show: Collection[int] = (),
         on_image: Callable[[int, int, np.ndarray], None] | None = None,
+        deadline: float | None = None,
     ) -> Job:
-        """Makes an order's images and waits for them; cancels them when the caller is cancelled.
+        """Makes an admitted order's images and waits for them; cancels them when the caller is cancelled.
 
-        ``on_image(i, step, pixels (H, W))`` comes in the event loop. ApiError as from ``admit``.
+        ``on_image(i, step, pixels (H, W))`` comes in the event loop.
         """
-        self.admit(order)
         loop = asyncio.get_running_loop()
         finished: asyncio.Future[None] = loop.create_future()
 
@@ -186,9 +225,9 @@ class Service:
             labels=order.labels,
             sampling=order.sampling,
             start=order.start,
-            show=show,
-            deadline=time.monotonic() + self.settings.deadline_s,
-            on_image=shown if show else None,
+            show=order.show,
+            deadline=self.deadline() if deadline is None else deadline,
+            on_image=shown if order.show else None,
             on_done=done,
         )
         started = time.perf_counter()

@@ -36,8 +36,11 @@ class Settings(BaseModel):
     max_work: int = Field(default=512_000, ge=1, description="largest request: n × steps, guided ones twice")
     max_queue: int = Field(default=2_048_000, ge=1, description="the same over all requests that a replica has taken")
     max_images: int = Field(default=16_384, ge=1, description="images over all requests that a replica has taken")
+    max_pixels: int = Field(default=67_108_864, ge=784, description="largest answer: n × width × height × frames")
     deadline_s: float = Field(default=60.0, gt=0, le=86_400, description="seconds after which a request ends with 408")
     drain_s: float = Field(default=20.0, ge=0, le=3_600, description="seconds that running requests get at shutdown")
+    body_s: float = Field(default=10.0, gt=0, le=3_600, description="seconds within which a request's body must come")
+    cors: str = Field(default="", description="origins whose pages may ask: https://a.example,https://b.example, or *")
     max_body: int = Field(default=1_048_576, ge=1024, description="largest request body in bytes")
 
     @classmethod

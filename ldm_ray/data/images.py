@@ -8,11 +8,11 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import GifImagePlugin, Image
 from torch import Tensor
 
 from ldm_ray.errors import DataError
@@ -116,8 +116,41 @@ def save_grid(images: Tensor, path: AnyPath, columns: int | None = None, text: d
 
 def save_gif(frames: Sequence[np.ndarray], path: AnyPath, milliseconds: int = 80, last: int = 1500) -> None:
     """Writes (H, W) uint8 frames as an endless GIF; the last frame stays for ``last`` milliseconds."""
-    pictures = [Image.fromarray(frame) for frame in frames]
-    durations = [milliseconds] * (len(pictures) - 1) + [last]
-    buffer = io.BytesIO()
-    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, b"".join(gif_parts(frames, 1, milliseconds, last)))
+
+
+def gif_parts(
+    frames: Sequence[np.ndarray], scale: int = 1, milliseconds: int = 80, last: int = 1500
+) -> Iterator[bytes]:
+    """The bytes of the same GIF, a frame at a time, with every pixel repeated scale × scale times.
+
+    A frame holds the rectangle in which it differs from the one before; frames that do not differ prolong it.
+    """
+    height, width = frames[0].shape
+    gray = bytes(level for level in range(256) for _ in range(3))
+    yield b"GIF89a" + struct.pack("<HHBBB", width * scale, height * scale, 0xF7, 0, 0) + gray
+    yield b"!\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00"  # without end
+    durations = [milliseconds] * (len(frames) - 1) + [last]
+    shown, box, duration = frames[0], (0, 0, height, width), 0
+    for frame, lasting in zip(frames, durations, strict=True):
+        if not np.array_equal(frame, shown):
+            yield gif_frame(shown, box, duration, scale)
+            rows, columns = np.nonzero((frame != shown).any(axis=1))[0], np.nonzero((frame != shown).any(axis=0))[0]
+            box = (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+            shown, duration = frame, 0
+        duration += lasting
+    yield gif_frame(shown, box, duration, scale)
+    yield b";"
+
+
+def gif_frame(frame: np.ndarray, box: tuple[int, int, int, int], milliseconds: int, scale: int) -> bytes:
+    """The rectangle (top, left, bottom, right) of a (H, W) uint8 frame as a block of a GIF of 256 levels of gray."""
+    top, left, bottom, right = box
+    picture = Image.fromarray(enlarged(frame[top:bottom, left:right], scale))
+    offset = (left * scale, top * scale)
+    return b"".join(GifImagePlugin.getdata(picture, offset, duration=min(milliseconds, 655_350)))
+
+
+def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """(…, H, W) with every pixel repeated scale × scale times."""
+    return pixels if scale == 1 else pixels.repeat(scale, axis=-2).repeat(scale, axis=-1)

@@ -11,9 +11,12 @@ async function failure(response) {
   return new ServiceError(message);
 }
 
-// Addresses begin with the origin: fetch refuses those of a page whose own address carries a password.
+// Addresses begin with the origin, since fetch refuses those of a page whose own address carries a password, and with
+// the prefix under which the service is.
+const BASE = location.origin + location.pathname.replace(/\/[^/]*$/, "");
+
 async function post(path, body, options = {}) {
-  const ask = () => fetch(location.origin + path, {
+  const ask = () => fetch(BASE + path, {
     method: "POST",
     headers: { "Content-Type": "application/json", ...(options.accept ? { Accept: options.accept } : {}) },
     body: JSON.stringify(body),
@@ -27,7 +30,7 @@ async function post(path, body, options = {}) {
 }
 
 async function getJSON(path) {
-  const response = await fetch(location.origin + path);
+  const response = await fetch(BASE + path);
   if (!response.ok) throw await failure(response);
   return response.json();
 }

@@ -171,7 +171,7 @@ function permalink(image) {
   const query = new URLSearchParams({
     steps: told.num_inference_steps, guidance: told.guidance_scale, sampler: told.sampler,
   });
-  return `/v1/images/${encodeURIComponent(told.model)}/${image.label ?? "none"}/${image.seed}.png?${query}`;
+  return `${BASE}/v1/images/${encodeURIComponent(told.model)}/${image.label ?? "none"}/${image.seed}.png?${query}`;
 }
 
 function select(i) {
@@ -229,7 +229,7 @@ $("gif").addEventListener("click", guarded(saveGIF));
 $("copy-link").addEventListener("click", () => copy(new URL($("permalink").href).href, "Link"));
 $("curl").addEventListener("click", () => {
   const body = JSON.stringify(request()).replaceAll("'", "'\\''");
-  copy(`curl ${location.origin}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' `
+  copy(`curl ${BASE}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' `
     + `-o digits.png -d '${body}'`, "Command");
 });
 guarded(async () => {

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from ldm_ray.errors import LdmError
 from ldm_ray.paths import to_path
 from serve.library import Library, name_of
 from serve.service import Service
 from serve.settings import Settings
-from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.asgi import POST, in_process
+from tests.helpers.checkpoints import write_checkpoint, write_small_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,110 @@ def test_a_checkpoint_that_does_not_load_leaves_the_old_one_serving(tmp_path: Pa
     finally:
         service.close()
     assert not library.default.slots.alive
+
+
+def model(folder: Path, name: str, ae_file: Path) -> Path:
+    """Writes a run's checkpoint."""
+    path = folder / "checkpoints" / f"latent-diffusion-{name}" / "latest.pt"
+    path.parent.mkdir(parents=True)
+    return write_small_checkpoint(path, ae_file)
+
+
+def changed(path: Path, **values: object) -> None:
+    torch.save(torch.load(path, weights_only=False) | values, path)
+
+
+def test_numbers_of_a_checkpoint_that_are_none_are_left_out(tmp_path: Path, ae_file: Path) -> None:
+    paths = [model(tmp_path, name, ae_file) for name in ("a", "b", "c")]
+    changed(paths[0], train_loss=float("nan"), val_loss=float("inf"), epoch=3)
+    changed(paths[1], epoch=torch.ones(2), train_loss="low", val_loss=True)
+    with in_process(paths[2], outdir=str(tmp_path)) as running:
+        assert running.ask("/v1/models/latent-diffusion-a").json["quality"] == {"epoch": 3}
+        # The loader may refuse the second; either way the list is JSON.
+        other = running.ask("/v1/models/latent-diffusion-b")
+        assert other.status == 503 or other.json["quality"] == {}
+        listed = running.ask("/v1/models")
+        assert listed.status == 200 and {each["id"] for each in listed.json["data"]} == {
+            f"latent-diffusion-{name}" for name in "abc"
+        }
+
+
+@pytest.mark.parametrize("only", [3.5, "7", -1, 10, True, [7]])
+def test_a_checkpoint_of_no_digit_does_not_load_and_holds_up_nobody(
+    tmp_path: Path, ae_file: Path, only: object
+) -> None:
+    good, bad = (model(tmp_path, name, ae_file) for name in ("good", "bad"))
+    write_small_checkpoint(bad, ae_file, only_digit=only)
+    with in_process(good, outdir=str(tmp_path)) as running:
+        started = time.monotonic()
+        assert running.ask(POST, {"model": "latent-diffusion-bad"}).status == 503
+        assert time.monotonic() - started < 20
+        assert running.ask(POST, {"prompt": "7"}).status == 200
+
+
+def test_a_model_whose_file_is_deleted_goes_on_while_it_is_loaded(tmp_path: Path, ae_file: Path) -> None:
+    default, other, third = (model(tmp_path, name, ae_file) for name in ("a", "b", "c"))
+    with in_process(default, outdir=str(tmp_path)) as running:
+        body = {"model": "latent-diffusion-b", "prompt": "7", "seed": 1}
+        before = running.ask(POST, body)
+        for path in (default, other, third):
+            path.unlink()
+        after = running.ask(POST, body)
+        assert before.status == after.status == running.ask(POST, {"prompt": "7"}).status == 200
+        assert before.json["data"] == after.json["data"]
+        assert running.ask("/v1/models/latent-diffusion-b").status == 200
+        assert [each["id"][-1] for each in running.ask("/v1/models").json["data"]] == ["a", "b"]
+        assert running.ask(POST, body | {"model": "latent-diffusion-c"}).status == 404
+        third.symlink_to(tmp_path / "nothing")
+        assert running.ask("/v1/models").status == 200
+
+
+def test_what_is_loaded_does_not_wait_for_what_is_being_loaded(
+    tmp_path: Path, ae_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"latent-diffusion-{name}" for name in "abcd"]
+    paths = [model(tmp_path, name, ae_file) for name in "abcd"]
+    with in_process(paths[0], outdir=str(tmp_path), deadline_s=0.5) as running:
+        assert running.ask(POST, {"model": names[1]}).status == 200
+        gate, loads, load = threading.Event(), [], Library._load
+
+        def slow(library: Library, path: Path) -> object:
+            loads.append(path)
+            assert gate.wait(60)
+            return load(library, path)
+
+        monkeypatch.setattr(Library, "_load", slow)
+
+        async def crowd() -> tuple[set[int], set[int]]:
+            waiting = [asyncio.create_task(running.send(POST, {"model": name})) for name in names[2:] * 10]
+            await asyncio.sleep(0.05)
+            loaded = await asyncio.gather(*(running.send(POST, {"model": name}) for name in names[:2] * 10))
+            assert not any(task.done() for task in waiting)
+            late = {answer.status for answer in await asyncio.gather(*waiting)}  # by the deadline, with Retry-After
+            gate.set()
+            for _ in range(600):
+                if not running.service.library._loading:
+                    break
+                await asyncio.sleep(0.05)
+            return {answer.status for answer in loaded}, late
+
+        assert running.run(crowd()) == ({200}, {503})
+        assert len(loads) == 2  # once for each, however many wait
+        assert running.ask(POST, {"model": names[3]}).status == 200 and len(loads) == 2
+
+
+def test_memory_is_flat_over_changes_of_the_model(tmp_path: Path, ae_file: Path) -> None:
+    paths = [tmp_path / f"{name}.pt" for name in ("a", "b")]
+    for path in paths:
+        write_checkpoint(path, ae_file)
+    with in_process(paths[0], models=1, deadline_s=5) as running:
+        library, here, seen = running.service.library, psutil.Process(), []
+        for i in range(1, 15):
+            old = library.default
+            running.run(library.serve(str(paths[i % 2])))
+            while old.slots.alive:
+                time.sleep(0.01)
+            seen.append(here.memory_info().rss / 2**20)
+        assert len(library.loaded) == 1
+    grown = min(seen[-4:]) - seen[0]
+    assert grown < 60, [round(each) for each in seen]  # it was 160 MB
