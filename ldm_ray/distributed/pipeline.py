@@ -18,8 +18,9 @@ from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig, cache_dir,
 from ldm_ray.data.examples import read_examples
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.distributed import fit
-from ldm_ray.distributed.cluster import connected, use_gpu
+from ldm_ray.distributed.cluster import connected
 from ldm_ray.distributed.encode import encode, record_of
+from ldm_ray.distributed.gpus import share_of
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.models.registry import check_size
 from ldm_ray.models.unet import check_unet
@@ -43,7 +44,7 @@ def train_autoencoder(config: AutoencoderConfig) -> Outcome:
     base = outdir(config.outdir)
     runs.check_writable(base)
     with connected():
-        use_gpu(config.device)
+        share_of(config)
         source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
         return _fit_autoencoder(config, source, base)
 
@@ -77,10 +78,10 @@ def train(config: TrainConfig) -> Outcome:
 
 def pixels_of(config: TrainConfig, base: AnyPath) -> tuple[ImageSource, AnyPath]:
     """(the images, the folder with them as pixels), within ``connected()``."""
-    use_gpu(config.device)
+    share_of(config)
     source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
     check_unet(source.image_size, config.hidden_dim)
-    return source, encode(source, None, base, config.encode_workers, config.device)
+    return source, encode(source, None, base, config.encode_workers)
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,16 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
 
     Without one, trains it first; when a signal stops that, its outcome.
     """
-    gpu = use_gpu(config.device)
+    share = share_of(config)
     source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
     if found is None:
-        kind = "conv" if gpu and not any(side % 2 for side in source.image_size) else "mlp"
+        kind = "conv" if share and not any(side % 2 for side in source.image_size) else "mlp"
         log.info("no autoencoder checkpoint found: training one first (%s)", kind)
-        shared = ("recipe", "dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
-        settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
+        shared = (
+            *("recipe", "dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers"),
+            *("gpus_per_worker", "accelerator_type", "generate_images", "max_failures"),
+        )
+        settings = {name: getattr(config, name) for name in shared}
         first = AutoencoderConfig(**settings, model=kind, outdir=str(base), auto_resume=config.auto_resume)
         outcome = _fit_autoencoder(first, source, base)
         if outcome.code:
@@ -126,14 +130,14 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
         log.warning(
             "WARNING: the autoencoder was trained on other images than %s; --ae-ckpt names another", source.name
         )
-    folder = encode(source, found, base, config.encode_workers, config.device)
+    folder = encode(source, found, base, config.encode_workers, share)
     return Latents(source, folder, found)
 
 
 def _fit_autoencoder(config: AutoencoderConfig, source: ImageSource, base: AnyPath) -> Outcome:
     check_size(config.model, source.image_size)
     paths, content = resumed(config, base)
-    folder = encode(source, None, base, config.encode_workers, config.device)
+    folder = encode(source, None, base, config.encode_workers)
     return _fit(config, source, folder, base, paths, content, None)
 
 
