@@ -167,22 +167,22 @@ def bare_epoch(data: Tensor, labels: Tensor, config: TrainConfig) -> Callable[[]
 
 def encode(bench: Bench) -> None:
     """Ray Data's decoding and encoding against one process with one thread, both per core used."""
-    from ldm_ray.distributed.cluster import connected, resources, use_gpu
+    from ldm_ray.distributed.cluster import connected, resources
     from ldm_ray.distributed.encode import BLOCK_ROWS, run
+    from ldm_ray.distributed.gpus import shared_out
 
     source, autoencoder = bench.source(), load_autoencoder(bench.ae_ckpt)
     with connected():
-        cores, gpus = resources()
-        gpu = use_gpu(None)
-        count = min(gpus if gpu else cores, -(-len(source) // BLOCK_ROWS))
-        ray = partial(timed, partial(run, source, autoencoder, count, gpu, "latents"), 1, warm=0)
-        bare = partial(timed, partial(bare_encode, source, autoencoder, gpu), 1, warm=0)
+        share = shared_out(None, None, None, "--gpus-per-worker")
+        count = min(share.room(), -(-len(source) // BLOCK_ROWS))
+        ray = partial(timed, partial(run, source, autoencoder, count, share, "latents"), 1, warm=0)
+        bare = partial(timed, partial(bare_encode, source, autoencoder, bool(share)), 1, warm=0)
         ray()  # Ray's first job also starts its worker processes
         torch.set_num_threads(1)
         ways = {"bare": lambda: len(source) / bare(), "ray data": lambda: len(source) / ray() / count}
         rates = in_turn(ways, bench.repeats)
-        torch.set_num_threads(cores)
-    show(f"encode, {count} workers", rates, f"images/s per {'GPU' if gpu else 'core'}")
+        torch.set_num_threads(resources()[0])
+    show(f"encode, {count} workers", rates, f"images/s per {'GPU' if share else 'core'}")
 
 
 def bare_encode(source: ImageSource, autoencoder: checkpoint.AutoencoderCheckpoint, gpu: bool) -> Tensor:

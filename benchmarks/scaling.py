@@ -38,18 +38,19 @@ runpy.run_module(sys.argv[0], None, "__main__", True)
 def encode(given: argparse.Namespace) -> None:
     from ldm_ray.distributed.cluster import connected
     from ldm_ray.distributed.encode import run
+    from ldm_ray.distributed.gpus import Share
 
     source, autoencoder = load_source(given.dataset, "train", Path("hf_cache")), load_autoencoder(given.ae_ckpt)
     often = dataclasses.replace(source, table=pa.concat_tables([source.table] * TIMES).combine_chunks())
     rates: dict[int, list[float]] = {count: [] for count in given.workers}
     with connected():
-        run(source, autoencoder, max(given.workers), False, "latents")  # Ray's first job starts its processes
+        run(source, autoencoder, max(given.workers), Share(), "latents")  # Ray's first job starts its processes
         for _ in range(given.repeats):
             for count in given.workers:
                 seconds = []
                 for images in (source, often):
                     started = time.perf_counter()
-                    run(images, autoencoder, count, False, "latents")
+                    run(images, autoencoder, count, Share(), "latents")
                     seconds.append(time.perf_counter() - started)
                 rates[count].append((len(often) - len(source)) / (seconds[1] - seconds[0]))
     show("encode", rates)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ldm_ray.classes import MAX_CLASSES
 from ldm_ray.errors import ConfigError
+from ldm_ray.gpu_share import accelerator_option, gpus_option
 from ldm_ray.options import Config, by_recipe, option
 from ldm_ray.paths import AnyPath, local_path, to_path
 
@@ -72,8 +73,11 @@ class RunConfig(Config):
         "1", "training workers: a number, or MIN-MAX to go on with what the cluster has", resume="free"
     )
     encode_workers: int | None = option(
-        None, "workers that read and encode images [one per GPU, or per CPU core]", kind=int, low=1, resume="free"
-    )
+        None, "workers that read and encode images [all that the GPUs take, or one per CPU core]", kind=int, low=1,
+        resume="free",
+    )  # fmt: skip
+    gpus_per_worker: float | None = gpus_option("an encoding or training worker")
+    accelerator_type: str | None = accelerator_option()
     checkpoint_every: int = option(1, "epochs between checkpoints", low=1, resume="free")
     max_failures: int = option(3, "restarts after a lost worker before giving up", low=0, resume="free")
     auto_resume: bool = option(False, "go on with the newest run of these settings, if there is one", resume="free")

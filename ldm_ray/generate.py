@@ -194,9 +194,10 @@ def join(stack: contextlib.ExitStack, config: GenerateConfig) -> tuple[str, str]
     """Starts or joins Ray until the stack closes; (device, fingerprint) of its workers."""
     from ldm_ray.distributed.cluster import connected
     from ldm_ray.distributed.generate import where
+    from ldm_ray.distributed.gpus import share_of
 
     stack.enter_context(connected())
-    return where(config.device, config.precision)
+    return where(config.device, config.precision, share_of(config))
 
 
 def make(
@@ -206,6 +207,7 @@ def make(
     from ldm_ray.dataset.request import MANIFEST, write_manifest
     from ldm_ray.distributed import generate as ray_generate
     from ldm_ray.distributed.cluster import check_shared
+    from ldm_ray.distributed.gpus import share_of
 
     if store.is_local:
         folder = Path(store.root)
@@ -215,10 +217,11 @@ def make(
     if MANIFEST not in store.sizes():
         write_manifest(store, manifest)
     missing = [number for number in range(job.request.num_shards) if number not in records]
-    workers = ray_generate.pool_size(config.num_workers, len(missing), device)
+    share = share_of(config)
+    workers = ray_generate.pool_size(config.num_workers, len(missing), device, share)
     progress = Progress(job.request.count, sum(record.rows for record in records.values()))
     try:
-        with stoppable(), contextlib.closing(ray_generate.generate(job, missing, workers, device)) as made:
+        with stoppable(), contextlib.closing(ray_generate.generate(job, missing, workers, device, share)) as made:
             for record, _, seconds in made:
                 records[record.shard] = record
                 progress.add(record.rows, seconds)

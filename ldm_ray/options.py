@@ -17,7 +17,8 @@ def option(default: Any, help: str, **rules: Any) -> Any:
 
     rules: ``flag`` (name, when not the field's), ``kind`` (int, float, str or bool; the default's type
     otherwise), ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive), ``choices``, ``many`` (up
-    to so many values, given as a tuple), ``resume`` ("free": may change between the stop and the resume of a run).
+    to so many values, given as a tuple), ``check`` (a function of the flag and the value that refuses it),
+    ``resume`` ("free": may change between the stop and the resume of a run).
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
@@ -82,6 +83,8 @@ def check_one(field: dataclasses.Field, value: Any) -> Any:
         raise ConfigError(f"{name} is {f'at least {low}' if low is not None else f'above {above}'}, not {value}")
     if (high is not None and value > high) or (below is not None and value >= below):
         raise ConfigError(f"{name} is {f'at most {high}' if high is not None else f'below {below}'}, not {value}")
+    if "check" in rules:
+        rules["check"](name, value)
     return value
 
 

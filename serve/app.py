@@ -16,10 +16,11 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from ldm_ray.distributed.cluster import resources
+from ldm_ray.distributed.gpus import Share, check_worker, shared_out
+from ldm_ray.errors import ConfigError
 from serve.routes import build
 from serve.service import Service
-from serve.settings import Settings, check
+from serve.settings import Mistake, Settings, check
 
 SWITCH_S = 0.0005  # the threads of tiles and the event loop hand over to each other ten times as often as by default
 MAX_ONGOING = 65_536  # admission is the service's own, in JSON; Serve's limit is only above it and half-sent bodies
@@ -34,6 +35,7 @@ class Images:
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
 
+        check_worker()
         sys.setswitchinterval(SWITCH_S)
         gc.collect()
         gc.freeze()  # a body of many small lists would have all modules searched for garbage, again and again
@@ -71,14 +73,24 @@ def deployment(args: Settings) -> Application:
     assert settings.ckpt is not None and settings.outdir is not None
     check(settings.ckpt, settings.ae_ckpt, settings.outdir)
     low, high = settings.replica_range()
-    gpu = settings.device in (None, "cuda") and ray.is_initialized() and resources()[1] > 0
+    share = share_of(settings)
     scaling: dict[str, Any] = {"num_replicas": low}
     if high > low:
         scaling = {"autoscaling_config": {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": 16}}
     return Images.options(  # type: ignore[attr-defined]  # what @serve.deployment makes of the class
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpu else 0},
+        ray_actor_options={"num_cpus": 1} | share.options(),
         max_ongoing_requests=MAX_ONGOING,
         graceful_shutdown_timeout_s=settings.drain_s + 5,
         logging_config={"enable_access_log": False},
         **scaling,
     ).bind(settings.model_dump())
+
+
+def share_of(settings: Settings) -> Share:
+    """The GPUs of a replica. Mistake where the cluster has none such."""
+    if not ray.is_initialized():
+        return Share()
+    try:
+        return shared_out(settings.device, settings.gpus_per_replica, settings.accelerator_type, "gpus_per_replica")
+    except ConfigError as error:
+        raise Mistake(str(error)) from None

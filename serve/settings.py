@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm_ray import config
 from ldm_ray.errors import CheckpointError, ConfigError, LdmError
+from ldm_ray.gpu_share import MOST, check_share
 from ldm_ray.paths import AnyPath, to_path
 
 SIDE = 28  # height and width of every image
@@ -31,6 +32,10 @@ class Settings(BaseModel):
     device: Literal["cuda", "mps", "cpu"] | None = Field(default=None, description="[the best there is]")
     token: str | None = Field(default=None, description="bearer token of all routes but health [$LDM_RAY_TOKEN]")
     replicas: str = Field(default="1", description="replicas: a number, or MIN-MAX to scale with the load")
+    gpus_per_replica: float | None = Field(
+        default=None, gt=0, le=MOST, description="GPUs of a replica, such as 0.5 [1 where there are GPUs]"
+    )
+    accelerator_type: str | None = Field(default=None, description="type of GPU of the replicas, such as L4 [any]")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of a replica [all cores]")
     models: int = Field(default=4, ge=1, le=64, description="checkpoints that a replica keeps loaded")
     max_work: int = Field(default=512_000, ge=1, description="largest request: n × steps, guided ones twice")
@@ -49,7 +54,11 @@ class Settings(BaseModel):
         try:
             made = super().model_validate(obj, **more)
             made.replica_range()
+            if made.gpus_per_replica is not None:
+                check_share("gpus_per_replica", made.gpus_per_replica)
             return made
+        except ConfigError as error:
+            raise Mistake(str(error)) from None
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))

@@ -19,8 +19,9 @@ from watch import Scribe, StopFile, Watch
 
 from ldm_ray.checkpoint import embed
 from ldm_ray.data.examples import Examples, read_examples, split
-from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
+from ldm_ray.distributed.cluster import check_shared, resources
 from ldm_ray.distributed.fit import StopRequest
+from ldm_ray.distributed.gpus import shared_out
 from ldm_ray.distributed.trial import OBJECTIVE, Setup, run_trial
 from ldm_ray.errors import ConfigError
 from ldm_ray.metrics.latent_frechet import ClassFrechet
@@ -130,19 +131,17 @@ class Engine:
     def needs(self) -> tuple[dict[str, float], str, int]:
         """(resources of a trial, its device, how many fit at once). ConfigError where not even one does."""
         config, (cores, gpus) = self.config, resources()
-        gpu = use_gpu(config.device)
-        share = config.gpus_per_trial if config.gpus_per_trial is not None else GPU_SHARE if gpu else 0.0
-        if share and not gpu:
-            raise ConfigError(f"--gpus-per-trial {share:g}: trials are to run on a CPU; the cluster has {gpus} GPUs")
+        share = shared_out(config.device, config.gpus_per_trial, config.accelerator_type, "--gpus-per-trial", GPU_SHARE)
         slots = cores // config.cpus_per_trial
         if share:
-            slots = min(slots, int(gpus * (1 // share)) if share <= 1 else int(gpus // share))
+            slots = min(slots, share.room())
         if slots < 1:
             raise ConfigError(
-                f"a trial takes {config.cpus_per_trial} cores and {share:g} GPUs; the cluster has {cores} and {gpus}"
+                f"a trial takes {config.cpus_per_trial} cores and {share.gpus:g} GPUs; "
+                f"the cluster has {cores} and {gpus}"
             )
         device = "cuda" if share else "mps" if config.device == "mps" else "cpu"
-        return {"cpu": config.cpus_per_trial, "gpu": share}, device, min(config.max_concurrent or slots, slots)
+        return {"cpu": config.cpus_per_trial, **share.bundle()}, device, min(config.max_concurrent or slots, slots)
 
 
 def left(config: SearchConfig, records: Records) -> list[dict[str, Any]] | None:

@@ -13,6 +13,7 @@ from typing import Any
 from ldm_ray.cli import number
 from ldm_ray.config import TrainConfig, canonical
 from ldm_ray.errors import ConfigError
+from ldm_ray.gpu_share import gpus_option
 from ldm_ray.options import Config, check_value, flag_of, kind_of, option
 
 TRAIN = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -27,7 +28,16 @@ SEARCHED = (
     "weight_decay",
     "prediction_type",
 )
-SHARED = ("only_digit", "num_train_timesteps", "ae_ckpt", "ae_ckpt_dir", "amp", "val_fraction", "encode_workers")
+SHARED = (
+    "only_digit",
+    "num_train_timesteps",
+    "ae_ckpt",
+    "ae_ckpt_dir",
+    "amp",
+    "val_fraction",
+    "encode_workers",
+    "accelerator_type",
+)
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -83,14 +93,8 @@ class SearchConfig(Config):
         None, "trials at once [as many as fit the cluster]", kind=int, low=1, resume="free"
     )
     cpus_per_trial: int = option(1, "CPU cores of a trial", low=1, high=1024, resume="free")
-    gpus_per_trial: float | None = option(
-        None,
-        "GPUs of a trial, for example 0.25 [0.25 where there are GPUs]",
-        kind=float,
-        low=0,
-        high=64,
-        resume="free",
-    )
+    gpus_per_trial: float | None = gpus_option("a trial, 0 for the CPU", "0.25", above=None, low=0)
+    accelerator_type: str | None = same("accelerator_type")
     resume: bool = option(False, "go on with the search --name, or the newest of these settings", resume="free")
     train_best: bool = option(False, "train the best configuration afterwards", resume="free")
     train_epochs: int = option(DEFAULTS.epochs, "epochs in best_config.json", low=1, resume="free")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldm_ray.config import MAX_SEED, SamplingConfig
+from ldm_ray.gpu_share import accelerator_option, gpus_option
 from ldm_ray.options import Config, option
 
 
@@ -28,7 +29,9 @@ class GenerateConfig(SamplingConfig):
     shard_size: int = option(10_000, "images per shard", low=1, high=200_000)
     save_latents: bool = option(False, "also write the whitened latents")
     npz: bool = option(False, "also write images.npz: arr_0 uint8 (N, H, W, 3), arr_1 labels")
-    num_workers: int | None = option(None, "workers [one per GPU, or per CPU core]", kind=int, low=1)
+    num_workers: int | None = option(None, "workers [all that the GPUs take, or one per CPU core]", kind=int, low=1)
+    gpus_per_worker: float | None = gpus_option("a worker")
+    accelerator_type: str | None = accelerator_option()
     batch_size: int | None = option(
         None, "images computed at a time; no byte depends on it [CPU: 2048; GPU: 65536]", kind=int, low=1, high=10**6
     )

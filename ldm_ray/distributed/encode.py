@@ -17,7 +17,8 @@ from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_ex
 from ldm_ray.data.identity import identity_of
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
-from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
+from ldm_ray.distributed.cluster import check_shared
+from ldm_ray.distributed.gpus import Share, check_worker
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.paths import AnyPath
@@ -31,6 +32,7 @@ class Encoder:
     """An actor: rows with encoded images in, rows with raw latents (or pixels) out."""
 
     def __init__(self, shared: list[ray.ObjectRef], size: tuple[int, int], gpu: bool) -> None:
+        check_worker()
         torch.set_num_threads(1)
         codec: LatentCodec | None = ray.get(shared[0])
         self.device = "cuda" if gpu else "cpu"
@@ -56,11 +58,12 @@ def encode(
     autoencoder: AutoencoderCheckpoint | None,
     outdir: AnyPath,
     workers: int | None = None,
-    device: str | None = None,
+    share: Share | None = None,
 ) -> AnyPath:
     """The folder with the examples of a source: latents, or pixels without an autoencoder.
 
-    What is there already is reused. Raises DataError on an image that cannot be used.
+    share: of the GPUs, for each worker; None for the CPU. What is there already is reused. Raises DataError on an
+    image that cannot be used.
     """
     identity = identity_of(source, autoencoder)
     folder = examples_dir(outdir, fingerprint(identity))
@@ -69,35 +72,36 @@ def encode(
         log.info("%s of %s images: reused from %s", what, f"{len(source):,}", folder)
         return folder
     check_shared(outdir)
-    cores, gpus = resources()
-    gpu = autoencoder is not None and use_gpu(device)
-    count = min(workers or (gpus if gpu else cores), max(1, -(-len(source) // BLOCK_ROWS)))
+    if autoencoder is None or share is None:
+        share = Share()
+    count = min(workers or share.room(), max(1, -(-len(source) // BLOCK_ROWS)))
     started = time.perf_counter()
-    table = run(source, autoencoder, count, gpu, what)
+    table = run(source, autoencoder, count, share, what)
     write_examples(folder, table, "latent" if autoencoder else "pixels", identity)
     seconds = time.perf_counter() - started
     log.info("%s of %s images written to %s in %.1f s", what, f"{len(source):,}", folder, seconds)
     return folder
 
 
-def run(source: ImageSource, autoencoder: AutoencoderCheckpoint | None, count: int, gpu: bool, what: str) -> pa.Table:
-    """The Ray Data job; the result comes back in the order of the images, whatever the workers' order was."""
+def run(
+    source: ImageSource, autoencoder: AutoencoderCheckpoint | None, count: int, share: Share, what: str
+) -> pa.Table:
+    """The Ray Data job of up to so many workers; the result comes back in the order of the
+    images, whatever the workers' order was."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    cores, gpus = resources()
     codec = None
     if autoencoder:
         codec = autoencoder.codec.with_statistics(LatentStatistics.identity(autoencoder.codec.latent_dim)).cpu()
     blocks = [source.table.slice(start, BLOCK_ROWS) for start in range(0, len(source), BLOCK_ROWS)]
     rows = ray.data.from_arrow(blocks).map_batches(
         Encoder,
-        fn_constructor_args=([ray.put(codec)], source.image_size, gpu),
+        fn_constructor_args=([ray.put(codec)], source.image_size, bool(share)),
         batch_size=BLOCK_ROWS,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(min_size=min(count, gpus if gpu else cores), max_size=count),
-        num_gpus=1 if gpu else 0,
-        num_cpus=None if gpu else 1,
+        compute=ray.data.ActorPoolStrategy(min_size=min(count, share.room()), max_size=count),
+        **share.options(),
     )
     parts: list[pa.Table] = []
     columns = TextColumn(f"encoding {what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

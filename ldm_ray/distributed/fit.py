@@ -15,13 +15,14 @@ from typing import Any
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.devices import cpu_threads
-from ldm_ray.distributed.cluster import check_shared, cores_of_each, is_local, use_gpu
+from ldm_ray.distributed.cluster import check_shared, cores_of_each, is_local
+from ldm_ray.distributed.gpus import check_worker, share_of
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
 from ldm_ray.errors import LdmError
 from ldm_ray.paths import AnyPath, RemotePath, look_every
@@ -35,6 +36,7 @@ GROW_S = 15.0  # how often --num-workers MIN-MAX looks for room to grow; growing
 
 def train_worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
+    check_worker()  # else Ray Train takes the CPU in silence
     torch.set_num_threads(settings["threads"])
     context = ray.train.get_context()
     device = torch.device("mps") if settings["mps"] else get_device()
@@ -64,7 +66,7 @@ def run(job: Job, test: ImageSource | None = None, goes_on: bool = False) -> int
     paths, config = job.paths, job.config
     check_shared(paths.outdir)
     low, high = config.worker_range()
-    gpu = use_gpu(config.device)
+    share = share_of(config)
     cores = cores_of_each(high)
     paths.runs.mkdir(parents=True, exist_ok=True)
     paths.stop.unlink(missing_ok=True)
@@ -76,9 +78,12 @@ def run(job: Job, test: ImageSource | None = None, goes_on: bool = False) -> int
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=high if low == high else (low, high),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=GROW_S,
-            use_gpu=gpu,
-            resources_per_worker={"GPU": 1} if gpu else {"CPU": cores},
+            use_gpu=bool(share),
+            resources_per_worker={"GPU": share.gpus} if share else {"CPU": cores},
+            accelerator_type=share.kind,
         ),
+        # NCCL refuses two workers on one GPU
+        torch_config=TorchConfig(backend="gloo" if 0 < share.gpus < 1 else None),
         run_config=RunConfig(
             # Ray's own state resumes by name whatever the settings; ours is latest.pt, so the name is new each time
             name=f"{paths.name}-{time.time_ns()}",

@@ -14,8 +14,8 @@ import torch
 from ray.exceptions import RayError
 
 from ldm_ray.dataset.shards import Job, Record
-from ldm_ray.distributed.cluster import resources, use_gpu
 from ldm_ray.distributed.encode import cause_of
+from ldm_ray.distributed.gpus import Share, check_worker
 from ldm_ray.generator import fingerprint_of
 
 
@@ -23,6 +23,7 @@ class Worker:
     """An actor: a row with a shard's number in, its record and the seconds it took out."""
 
     def __init__(self, shared: list[ray.ObjectRef], device: str) -> None:
+        check_worker()
         torch.set_num_threads(1)  # an actor for each core does more than threads do
         job: Job = ray.get(shared[0])
         self.make = job.maker(device)
@@ -36,43 +37,47 @@ class Worker:
         return pa.Table.from_pylist(made)
 
 
-def pool_size(given: int | None, shards: int, device: str) -> int:
-    """Workers: as asked for, else one per GPU or per CPU core; no more than shards or than the cluster has."""
-    cores, gpus = resources()
-    there = {"cuda": gpus, "mps": 1}.get(device, cores)
-    return max(1, min(given or there, there, shards))
+def pool_size(given: int | None, shards: int, device: str, share: Share) -> int:
+    """Workers: as asked for, else as many as fit on the GPUs or one per CPU core; no more than shards or than fit."""
+    room = 1 if device == "mps" else share.room()
+    return max(1, min(given or room, room, shards))
 
 
-def where(device: str | None, precision: str) -> tuple[str, str]:
-    """(device, the generator's fingerprint on it) of the cluster's workers; the command's own node may have no GPU."""
-    if not use_gpu(device):
+def where(device: str | None, precision: str, share: Share) -> tuple[str, str]:
+    """(device, the generator's fingerprint on it) of the cluster's workers; the command's own node may have no GPU.
+
+    Raises ConfigError where a worker's GPU cannot be used.
+    """
+    if not share:
         kind = "mps" if device == "mps" else "cpu"
         return kind, fingerprint_of(torch.device(kind), precision)
 
-    @ray.remote(num_gpus=1, num_cpus=0)
+    @ray.remote(**share.options(), max_retries=0)
     def ask() -> str:
+        check_worker()
         return fingerprint_of(torch.device("cuda"), precision)
 
-    return "cuda", ray.get(ask.remote())
+    try:
+        return "cuda", ray.get(ask.remote())
+    except RayError as error:
+        raise cause_of(error) from None
 
 
 def generate(
-    job: Job, missing: Sequence[int], workers: int, device: str
+    job: Job, missing: Sequence[int], workers: int, device: str, share: Share
 ) -> Generator[tuple[Record, bool, float], None, None]:
     """(record, whether it was made now, seconds) of each missing shard as it is committed, in any order.
 
     A worker that is killed is started again and its shard made anew. Raises LdmError as the worker raised it.
     """
     blocks = [pa.table({"shard": pa.array([number], pa.int64())}) for number in missing]  # one shard, one task
-    gpu = device == "cuda"
     done = ray.data.from_arrow(blocks).map_batches(
         Worker,
         fn_constructor_args=([ray.put(job)], device),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
-        num_gpus=1 if gpu else 0,
-        num_cpus=None if gpu else 1,
+        **share.options(),
     )
     try:
         for part in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -19,8 +19,9 @@ from ldm_ray.data.examples import read_examples
 from ldm_ray.data.identity import changes, record_of
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.distributed import fit
-from ldm_ray.distributed.cluster import connected, use_gpu
+from ldm_ray.distributed.cluster import connected
 from ldm_ray.distributed.encode import encode
+from ldm_ray.distributed.gpus import share_of
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.hold import hold
 from ldm_ray.models.registry import check_size
@@ -47,7 +48,7 @@ def train_autoencoder(config: AutoencoderConfig) -> Outcome:
     with ExitStack() as held:
         before = resumed(config, base, held)
         with connected():
-            use_gpu(config.device)
+            share_of(config)
             source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
             return _fit_autoencoder(config, source, base, held, before)
 
@@ -86,10 +87,10 @@ def _train(config: TrainConfig, base: AnyPath, held: ExitStack) -> Outcome:
 
 def pixels_of(config: TrainConfig, base: AnyPath) -> tuple[ImageSource, AnyPath]:
     """(the images, the folder with them as pixels), within ``connected()``."""
-    use_gpu(config.device)
+    share_of(config)
     source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
     check_unet(source.image_size, config.hidden_dim)
-    return source, encode(source, None, base, config.encode_workers, config.device)
+    return source, encode(source, None, base, config.encode_workers)
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,16 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
 
     Without one, trains it first; when a signal stops that, its outcome.
     """
-    gpu = use_gpu(config.device)
+    share = share_of(config)
     source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
     if found is None:
-        kind = "conv" if gpu and not any(side % 2 for side in source.image_size) else "mlp"
+        kind = "conv" if share and not any(side % 2 for side in source.image_size) else "mlp"
         log.info("no finished autoencoder found: training one first (%s)", kind)
-        shared = ("recipe", "dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers")
-        settings = {name: getattr(config, name) for name in (*shared, "generate_images", "max_failures")}
+        shared = (
+            *("recipe", "dataset", "cache_dir", "only_digit", "seed", "device", "num_workers", "encode_workers"),
+            *("gpus_per_worker", "accelerator_type", "generate_images", "max_failures"),
+        )
+        settings = {name: getattr(config, name) for name in shared}
         first = AutoencoderConfig(**settings, model=kind, outdir=str(base), auto_resume=config.auto_resume)
         with ExitStack() as held:
             before = resumed(first, base, held)
@@ -137,7 +141,7 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
         log.warning(
             "WARNING: the autoencoder was trained on other images than %s; --ae-ckpt names another", source.name
         )
-    folder = encode(source, found, base, config.encode_workers, config.device)
+    folder = encode(source, found, base, config.encode_workers, share)
     return Latents(source, folder, found)
 
 
@@ -151,7 +155,7 @@ def _fit_autoencoder(
 ) -> Outcome:
     """before: of ``resumed``."""
     check_size(config.model, source.image_size)
-    folder = encode(source, None, base, config.encode_workers, config.device)
+    folder = encode(source, None, base, config.encode_workers)
     return _fit(config, source, folder, base, held, *before, None, goes_on=goes_on)
 
 

@@ -14,6 +14,7 @@ from ray import tune
 
 from ldm_ray.classes import numbered
 from ldm_ray.config import TrainConfig, canonical
+from ldm_ray.distributed.gpus import check_worker
 from ldm_ray.training import trial
 from ldm_ray.training.trial import Diverged, TrialData
 
@@ -43,6 +44,7 @@ def run_trial(config: dict[str, Any], setup: Setup, arrays: dict[str, np.ndarray
     within an epoch reports ``interrupted``. The process is used by one
     trial after another, so nothing may be left behind: every random number comes from the configuration's seed.
     """
+    check_worker()
     torch.set_num_threads(setup.threads)
     with warnings.catch_warnings():  # torch warns that the arrays are read-only; nothing writes to them
         warnings.simplefilter("ignore")
