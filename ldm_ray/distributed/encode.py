@@ -19,6 +19,7 @@ from ldm_ray.checkpoint import AutoencoderCheckpoint
 from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_examples
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
+from ldm_ray.devices import sent, settle
 from ldm_ray.distributed.cluster import check_shared, resources, use_gpu
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
@@ -26,6 +27,8 @@ from ldm_ray.paths import AnyPath
 from ldm_ray.runs import examples_dir
 
 log = logging.getLogger(__name__)
+# Of the identity of latents that a GPU made. A CPU's have neither, nor had any before GPUs had names of their own.
+ON_GPU = {"device": "cuda", "precision": "fp32"}
 BLOCK_ROWS = 2048  # one block is one batch: what shares a batch never depends on the number of workers
 
 
@@ -35,7 +38,7 @@ class Encoder:
     def __init__(self, shared: list[ray.ObjectRef], size: tuple[int, int], gpu: bool) -> None:
         torch.set_num_threads(1)
         codec: LatentCodec | None = ray.get(shared[0])
-        self.device = "cuda" if gpu else "cpu"
+        self.device = settle("cuda" if gpu else "cpu")
         self.codec = codec.to(self.device) if codec else None
         self.size = size
 
@@ -48,13 +51,13 @@ class Encoder:
         if self.codec is None:
             name, vectors = "pixels", images.reshape(len(images), -1)
         else:
-            pixels = to_float(torch.from_numpy(images)[:, None].to(self.device))
+            pixels = to_float(sent(torch.from_numpy(images)[:, None], self.device))
             name, vectors = "latent", self.codec.encode(pixels).cpu().numpy()
         return pa.table({name: fixed_size(vectors), "label": batch["label"], "index": batch["index"]})
 
 
 def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
-    """What the examples follow from."""
+    """What the examples follow from, whatever encodes them."""
     return {
         "autoencoder_sha256": autoencoder.sha256 if autoencoder else None,
         "dataset": source.name if "/" not in source.name or not Path(source.name).is_absolute() else "folder",
@@ -82,7 +85,8 @@ def encode(
 
     What is there already is reused. Raises DataError on an image that cannot be used.
     """
-    identity = identity_of(source, autoencoder)
+    gpu = autoencoder is not None and use_gpu(device)
+    identity = identity_of(source, autoencoder) | (ON_GPU if gpu else {})
     folder = examples_dir(outdir, fingerprint(identity))
     what = "latents" if autoencoder else "pixels"
     if is_complete(folder):
@@ -90,7 +94,6 @@ def encode(
         return folder
     check_shared(outdir)
     cores, gpus = resources()
-    gpu = autoencoder is not None and use_gpu(device)
     count = min(workers or (gpus if gpu else cores), max(1, -(-len(source) // BLOCK_ROWS)))
     started = time.perf_counter()
     table = run(source, autoencoder, count, gpu, what)
