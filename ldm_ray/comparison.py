@@ -98,9 +98,9 @@ def training_speed(path: AnyPath, device: str) -> dict[str, Any]:
     data, labels = torch.randn(rows, loaded.codec.latent_dim), torch.arange(rows) % len(loaded.class_names)
     fitter = Fitter(task, task.model, config, data, labels, rows, 0, 1, place)
     took = []
-    for step in range(TRAIN_STEPS):
+    for batch in torch.arange(rows, device=fitter.data.device).split(config.batch_size):
         started = time.perf_counter()
-        float(fitter.train_step(torch.arange(step * config.batch_size, (step + 1) * config.batch_size)))
+        float(fitter.train_step(batch))
         took.append(time.perf_counter() - started)
     speed = config.batch_size / statistics.median(took[WARM_UP:])
     return {"train_images_per_s": speed, "training_mb": peak_mb(device)}

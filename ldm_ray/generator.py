@@ -17,6 +17,7 @@ from ldm_ray.checkpoint import DiffusionCheckpoint, load_diffusion
 from ldm_ray.classes import numbered
 from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.data.images import to_uint8
+from ldm_ray.devices import numerics_of, sent, settle
 from ldm_ray.diffusion.guidance import guided
 from ldm_ray.diffusion.noise import AHEAD, ImageNoise
 from ldm_ray.diffusion.samplers import Denoise, Plan, plan_of, sample
@@ -51,7 +52,7 @@ class Generator:
         device: torch.device | str = "cpu",
         prediction_type: str = "epsilon",
     ) -> None:
-        self.device = torch.device(device)
+        self.device = settle(device)
         self.codec, self.schedule, self.prediction_type = codec.to(self.device), schedule, prediction_type
         self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
         self.class_names, self.labels = numbered(denoiser.num_classes), tuple(range(denoiser.num_classes))
@@ -147,7 +148,7 @@ class Generator:
         for label in labels:
             if label is not None and not 0 <= label < self.num_classes:
                 raise ConfigError(f"label {label} is outside 0 to {self.num_classes - 1}")
-        return torch.tensor([self.null_label if label is None else label for label in labels], device=self.device)
+        return sent(torch.tensor([self.null_label if label is None else label for label in labels]), self.device)
 
     def _tiled(
         self,
@@ -166,7 +167,7 @@ class Generator:
         denoiser, tiles = self._in_bf16 if sampling.precision == "bf16" else (self.denoiser, self.tiles)
         denoisers = denoiser, guided(denoiser, sampling.guidance_scale, self.null_label)
         size = tiles.size_for(len(seeds))
-        drawn = torch.tensor(seeds, dtype=torch.int64, device=self.device)
+        drawn = sent(torch.tensor(seeds, dtype=torch.int64), self.device)
 
         def work(first: int) -> tuple[Tensor, Tensor]:
             tile = drawn[first : first + size], wanted[first : first + size]
@@ -220,13 +221,16 @@ class Generator:
 
 def fingerprint_of(device: torch.device, precision: str = "fp32") -> str:
     """12 hexadecimal digits of what, beside checkpoint, seed, label and settings, an image's bytes follow from: this
-    engine, the version of PyTorch and the kind of device."""
+    engine, the version of PyTorch and the kind of device; of a GPU also the versions of CUDA and the largest tiles."""
     kind = torch.backends.cpu.get_cpu_capability()
+    tiles = {}
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)
+        tiles = {"tiles": [SIZES["cuda"][-1], PIXEL_SIZES["cuda"][-1]]}
     elif precision == "bf16":
         kind += bf16_bits()
     told = {"engine": ENGINE, "torch": str(torch.__version__), "device": device.type, "kind": kind}
+    told |= numerics_of(device) | tiles
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm_ray.data.images import to_uint8
+from ldm_ray.devices import sent
 from ldm_ray.diffusion.guidance import guided
 from ldm_ray.diffusion.noise import gaussian
 from ldm_ray.diffusion.samplers import Step, advance
@@ -105,7 +106,7 @@ class Board:
         self.labels[places] = self.generator.labels_of([image.job.labels[image.index] for image in images])
         for image in images:
             if image.job.start is not None:
-                self.latents[image.place] = image.job.start[image.index].to(self.device)
+                self.latents[image.place] = sent(image.job.start[image.index], self.device)
 
     def leave(self, images: list[Image]) -> None:
         self._free += [image.place for image in images]
@@ -141,7 +142,7 @@ class Board:
         rows = filled(places, size)
         xt, labels = self.latents[rows], self.labels[rows]  # (B, D), (B,)
         before, earlier = self.x0s[rows].unbind(dim=1)  #     (B, D) each
-        first = torch.tensor([i.step + 1 - i.drawn if i.job.noisy else 0 for i in images], device=self.device)
+        first = self._sent([i.step + 1 - i.drawn if i.job.noisy else 0 for i in images])
         offsets = filled(first, size)[:, None] + torch.arange(limit, device=self.device)  # (B, K)
         # of the images without noise any numbers are taken, times 0
         noise = self.noise[rows[:, None], offsets.clamp_(max=self.ahead - 1)].unbind(dim=1) if noisy else [None] * limit
@@ -202,7 +203,7 @@ class Board:
             if not start and not noise:
                 continue
             group = list(run)
-            seeds = torch.tensor([image.seed for image in group], dtype=torch.int64, device=self.device)
+            seeds = self._sent([image.seed for image in group])
             count = min(self.ahead, max(len(image.job.plan) for image in group) - step) if noise else 0
             drawn = gaussian(seeds, step if start else step + 1, self.dim, count + start)
             if start:
@@ -215,7 +216,7 @@ class Board:
     def _uniform(self, image: Image, limit: int, size: int) -> tuple[list[Tensor], Sequence[Step]]:
         """Timesteps (B,) and coefficients for each of ``limit`` steps, all images at the same step of one plan."""
         steps = image.job.plan[image.step : image.step + limit]
-        return [t.expand(size) for t in torch.tensor([step.t for step in steps], device=self.device)], steps
+        return [t.expand(size) for t in self._sent([step.t for step in steps])], steps
 
     def _mixed(self, runs: list[list[Image]], limit: int, size: int) -> tuple[list[Tensor], Sequence[Step]]:
         """The same with coefficients in columns (B, 1)."""
@@ -225,9 +226,10 @@ class Board:
             rows = slice(run[0].step, run[0].step + limit)
             t.append(timesteps[rows].expand(len(run), limit))
             table.append(coefficients[rows].expand(len(run), limit, len(COEFFICIENTS)))
-        times = filled(torch.cat(t), size).T.contiguous()  #                               (K, B)
+        times = sent(filled(torch.cat(t), size).T.contiguous(), self.device)  # (K, B)
         columns = filled(torch.cat(table), size).permute(1, 2, 0).unsqueeze(-1)  # (K, 7, B, 1)
         used = columns.flatten(2).any(dim=2).tolist()  # where all are 0, the term is left out
+        columns = sent(columns, self.device)
         steps = []
         for k in range(limit):
             named: dict[str, Any] = {
@@ -237,14 +239,14 @@ class Board:
         return list(times), steps
 
     def _table(self, job: Job) -> tuple[Tensor, Tensor]:
-        """(timesteps (S,), coefficients (S, 7) float32) of a job's plan."""
+        """(timesteps (S,), coefficients (S, 7) float32) of a job's plan, on the CPU, where tiles are put together."""
         found = self._tables.get(job.plan_id)
         if found is None:
             if len(self._tables) > TABLES_KEPT:
                 self._tables = {}
             numbers = torch.tensor([[getattr(step, name) for name in COEFFICIENTS] for step in job.plan])
             times = torch.tensor([step.t for step in job.plan])
-            found = self._tables[job.plan_id] = (times.to(self.device), numbers.float().to(self.device))
+            found = self._tables[job.plan_id] = (times, numbers.float())
         return found
 
     def _scale(self, tile: Tile) -> float | Tensor:
@@ -252,10 +254,13 @@ class Board:
         scales = [image.job.scale for image in tile.images]
         if min(scales) == max(scales):
             return scales[0]
-        return filled(torch.tensor(scales, dtype=torch.float32, device=self.device)[:, None], tile.size)
+        return filled(sent(torch.tensor(scales, dtype=torch.float32), self.device)[:, None], tile.size)
 
     def _places(self, images: Sequence[Image]) -> Tensor:
-        return torch.tensor([image.place for image in images], dtype=torch.int64, device=self.device)
+        return self._sent([image.place for image in images])
+
+    def _sent(self, numbers: Sequence[int]) -> Tensor:
+        return sent(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     @torch.inference_mode()
     def _grow(self, places: int) -> None:

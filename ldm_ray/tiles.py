@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 Sizes = dict[str, tuple[int, ...]]
-SIZES: Sizes = {"cpu": (4, 8, 16, 32, 64, 128, 256), "mps": (16, 64, 256), "cuda": (64, 1024, 16384)}
+SIZES: Sizes = {"cpu": (4, 8, 16, 32, 64, 128, 256), "mps": (16, 64, 256), "cuda": (64, 1024)}
 PIXEL_SIZES: Sizes = {"cpu": (1, 2, 4, 8, 16, 32), "mps": (4, 16, 64), "cuda": (16, 128, 1024)}  # a U-Net's
 WHOLE, PIXEL_WHOLE = 8, 1  # images up to which one thread is faster alone
 A = TypeVar("A")

@@ -27,7 +27,9 @@ def philox(seeds: Tensor, blocks: Tensor) -> Tensor:
     """
     device = seeds.device
     multipliers, key_steps = (
-        torch.tensor([signed(word) for word in pair], device=device).view(2, 1, 1) for pair in (MULTIPLIERS, KEY_STEPS)
+        # filled in on the device: nobody waits for a copy
+        torch.stack([torch.full((1, 1), signed(word), device=device) for word in pair])
+        for pair in (MULTIPLIERS, KEY_STEPS)
     )
     even = torch.zeros(2, len(seeds), len(blocks), dtype=torch.int64, device=device)  # words 0 and 2
     even[0] = blocks + 1

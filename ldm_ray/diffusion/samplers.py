@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm_ray.config import SamplingConfig
+from ldm_ray.devices import sent
 from ldm_ray.diffusion.prediction import x0_weights
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.diffusion.timesteps import Transition, spaced_timesteps, transitions_of
@@ -238,7 +239,7 @@ def sample(
     ``noise(i)`` unit Gaussian noise (B, D) for step i = 1…S. Yields (latents after the step, x0 predicted in it); the
     last latents are the samples. Stop iterating to cancel.
     """
-    timesteps = torch.tensor([step.t for step in plan], device=latents.device)
+    timesteps = sent(torch.tensor([step.t for step in plan]), latents.device)
     x0s: X0s = None, None
     for i, step in enumerate(plan):
         chosen = denoise_guided if denoise_guided and step.guided else denoise

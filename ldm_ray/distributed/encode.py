@@ -17,6 +17,7 @@ from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_ex
 from ldm_ray.data.identity import identity_of
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
+from ldm_ray.devices import sent, settle
 from ldm_ray.distributed.cluster import check_shared
 from ldm_ray.distributed.gpus import Share, check_worker
 from ldm_ray.errors import DataError, LdmError
@@ -25,6 +26,8 @@ from ldm_ray.paths import AnyPath
 from ldm_ray.runs import examples_dir
 
 log = logging.getLogger(__name__)
+# Of the identity of latents that a GPU made. A CPU's have neither, nor had any before GPUs had names of their own.
+ON_GPU = {"device": "cuda", "precision": "fp32"}
 BLOCK_ROWS = 2048  # one block is one batch: what shares a batch never depends on the number of workers
 
 
@@ -35,7 +38,7 @@ class Encoder:
         check_worker()
         torch.set_num_threads(1)
         codec: LatentCodec | None = ray.get(shared[0])
-        self.device = "cuda" if gpu else "cpu"
+        self.device = settle("cuda" if gpu else "cpu")
         self.codec = codec.to(self.device) if codec else None
         self.size = size
 
@@ -48,7 +51,7 @@ class Encoder:
         if self.codec is None:
             name, vectors = "pixels", images.reshape(len(images), -1)
         else:
-            pixels = to_float(torch.from_numpy(images)[:, None].to(self.device))
+            pixels = to_float(sent(torch.from_numpy(images)[:, None], self.device))
             name, vectors = "latent", self.codec.encode(pixels).cpu().numpy()
         return pa.table({name: fixed_size(vectors), "label": batch["label"], "index": batch["index"]})
 
@@ -65,14 +68,15 @@ def encode(
     share: of the GPUs, for each worker; None for the CPU. What is there already is reused. Raises DataError on an
     image that cannot be used.
     """
-    identity = identity_of(source, autoencoder)
+    on_gpu = autoencoder is not None and share is not None
+    identity = identity_of(source, autoencoder) | (ON_GPU if on_gpu else {})
     folder = examples_dir(outdir, fingerprint(identity))
     what = "latents" if autoencoder else "pixels"
     if is_complete(folder):
         log.info("%s of %s images: reused from %s", what, f"{len(source):,}", folder)
         return folder
     check_shared(outdir)
-    if autoencoder is None or share is None:
+    if share is None or not on_gpu:
         share = Share()
     count = min(workers or share.room(), max(1, -(-len(source) // BLOCK_ROWS)))
     started = time.perf_counter()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_ray.data.images import to_float
+from ldm_ray.devices import settle
 from ldm_ray.errors import CheckpointError, DataError
 
 SIZE, NUM_CLASSES, FEATURES = 28, 10, 84
@@ -76,7 +77,7 @@ class Classifiers:
     def __init__(self, lenet: LeNet5, residual: Residual, device: torch.device | str = "cpu") -> None:
         self.lenet = lenet.to(device).eval().requires_grad_(False)
         self.residual = residual.to(device).eval().requires_grad_(False)
-        self.device = torch.device(device)
+        self.device = settle(device)
 
     @classmethod
     def shipped(cls, device: torch.device | str = "cpu", folder: Path = FOLDER) -> Classifiers:

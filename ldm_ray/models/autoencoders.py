@@ -104,7 +104,9 @@ def conv_of_doubled(h: Tensor, conv: nn.Conv2d) -> Tensor:
     for each position in a 2×2 square, are the same sums. Four times fewer pixels for a layer that is bound by
     memory: 3 to 4 times the speed on a CPU with one output channel.
     """
-    taps = conv.weight.new_tensor([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]])
+    position, tap = (torch.arange(count, device=h.device) for count in (2, 3))
+    row = (position[:, None] + tap + 1) // 2  # (2, 3): which of the small image a tap meets, made on the device
+    taps = (row[:, None] == tap[:, None]).to(conv.weight.dtype)  # (2, 3, 3)
     kernels = torch.einsum("oikl,ark,bsl->oabirs", conv.weight, taps, taps).flatten(0, 2)  # (4·O, C, 3, 3)
     bias = conv.bias.repeat_interleave(4) if conv.bias is not None else None
     return F.pixel_shuffle(F.conv2d(h, kernels, bias, padding=1), 2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_ray.config import RunConfig
-from ldm_ray.devices import autocast
+from ldm_ray.devices import autocast, picked, sent, settle
 from ldm_ray.diffusion.ema import EMA
 from ldm_ray.training.tasks import Task
 
@@ -40,8 +40,10 @@ class Fitter:
         world: int,
         device: torch.device,
     ) -> None:
-        self.task, self.forward, self.config, self.device, self.rank = task, forward, config, device, rank
-        self.data, self.labels = resident(data, device), labels.to(device)
+        self.task, self.forward, self.config, self.rank = task, forward, config, rank
+        self.device = settle(device, training=True)
+        self.data = resident(data, device)
+        self.labels = labels.to(self.data.device)  # beside them
         self.batch = min(config.batch_size // world + (rank < config.batch_size % world), total_rows)
         self.steps_per_epoch = math.ceil(total_rows / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -74,7 +76,7 @@ class Fitter:
 
     def run_epoch(self, pause: Callable[[int], bool]) -> bool:
         """Finishes the current epoch; False when ``pause(step)``, asked after every step, stopped it before."""
-        order = self.order().to(self.data.device)
+        order = sent(self.order(), self.data.device)
         while self.step < self.steps_per_epoch:
             rows = order[self.step * self.batch : (self.step + 1) * self.batch]
             self.loss_sum += self.train_step(rows)
@@ -84,10 +86,10 @@ class Fitter:
         return True
 
     def train_step(self, rows: Tensor) -> Tensor:
-        """One optimiser step on the given rows of the shard; returns the loss, detached."""
+        """One optimiser step on the given rows of the shard, which lie where ``data`` do; returns the loss, detached.
+        Nothing in it waits for the device."""
         self.generator.manual_seed(mix(self.config.seed, self.epoch, self.step, self.rank))
-        batch = self.data[rows].to(self.device, non_blocking=True)
-        labels = self.labels[rows.to(self.labels.device)]
+        batch, labels = (picked(part, rows, self.device) for part in (self.data, self.labels))
         factor = lr_factor(self.config.lr_schedule, self.global_step + 1, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor
@@ -174,9 +176,9 @@ def mix(seed: int, epoch: int, step: int, rank: int) -> int:
 
 
 def resident(data: Tensor, device: torch.device) -> Tensor:
-    """The data on its device once, where it fits; otherwise it stays here and is sent batch by batch."""
+    """The data on its device once, where it fits; otherwise it stays here and is sent batch by batch (``picked``)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if data.numel() * data.element_size() > RESIDENT_SHARE * free:
-            return data.pin_memory()
+            return data
     return data.to(device)
