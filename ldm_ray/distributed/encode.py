@@ -19,7 +19,7 @@ from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
 from ldm_ray.devices import sent, settle
 from ldm_ray.distributed.cluster import check_shared
-from ldm_ray.distributed.gpus import Share, check_worker
+from ldm_ray.distributed.gpus import CPU, Share, check_worker
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.paths import AnyPath
@@ -61,23 +61,21 @@ def encode(
     autoencoder: AutoencoderCheckpoint | None,
     outdir: AnyPath,
     workers: int | None = None,
-    share: Share | None = None,
+    share: Share = CPU,
 ) -> AnyPath:
     """The folder with the examples of a source: latents, or pixels without an autoencoder.
 
-    share: of the GPUs, for each worker; None for the CPU. What is there already is reused. Raises DataError on an
+    share: of the GPUs, for each worker. What is there already is reused. Raises DataError on an
     image that cannot be used.
     """
-    on_gpu = autoencoder is not None and share is not None
-    identity = identity_of(source, autoencoder) | (ON_GPU if on_gpu else {})
+    share = share if autoencoder else CPU
+    identity = identity_of(source, autoencoder) | (ON_GPU if share else {})
     folder = examples_dir(outdir, fingerprint(identity))
     what = "latents" if autoencoder else "pixels"
     if is_complete(folder):
         log.info("%s of %s images: reused from %s", what, f"{len(source):,}", folder)
         return folder
     check_shared(outdir)
-    if share is None or not on_gpu:
-        share = Share()
     count = min(workers or share.room(), max(1, -(-len(source) // BLOCK_ROWS)))
     started = time.perf_counter()
     table = run(source, autoencoder, count, share, what)

@@ -44,6 +44,9 @@ class Share:
         return sum(fitting(count, self.gpus) for count in [*here, to_come()])
 
 
+CPU = Share()
+
+
 def share_of(config: Any) -> Share:
     """What a worker of a command takes, by its ``device``, ``gpus_per_worker`` and ``accelerator_type``."""
     return shared_out(config.device, config.gpus_per_worker, config.accelerator_type, "--gpus-per-worker")
@@ -62,7 +65,7 @@ def shared_out(device: str | None, gpus: float | None, kind: str | None, flag: s
             asked = f"{flag} {gpus:g}" if gpus else f"{kind_flag} {kind}"
             why = f"on the device {device} there is" if device in ("cpu", "mps") else "the Ray cluster has"
             raise ConfigError(f"{asked}: {why} no GPU; leave it out")
-        return Share()
+        return CPU
     share = Share(default if gpus is None else gpus, kind)
     if kind and not nodes(kind) and not to_come():
         kinds = {name[len(KIND) :] for node in nodes() for name in node["Resources"] if name.startswith(KIND)}

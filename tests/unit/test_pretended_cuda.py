@@ -18,12 +18,14 @@ import ldm_ray
 from ldm_ray import checkpoint
 from ldm_ray.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
 from ldm_ray.data.examples import fingerprint, fixed_size, write_examples
+from ldm_ray.data.identity import record_of
 from ldm_ray.data.images import encode_png
 from ldm_ray.data.sources import ImageSource, load_source
 from ldm_ray.devices import settle
 from ldm_ray.diffusion import noise, samplers
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.distributed import encode
+from ldm_ray.distributed.gpus import CPU, Share
 from ldm_ray.generator import Generator, fingerprint_of
 from ldm_ray.metrics.floors import floors
 from ldm_ray.metrics.lenet import Classifiers
@@ -346,32 +348,38 @@ def test_the_encoder_of_an_actor(pixels: bool, ae_file: Path, monkeypatch: pytes
         assert pixels or seen.calls
 
 
+GPU = Share(1)
+
+
 def test_latents_of_a_gpu_lie_apart_and_a_cpus_where_they_always_did(
     ae_file: Path, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, autoencoder = load_source(str(digits_folder), "test", tmp_path), checkpoint.load_autoencoder(ae_file)
     encoded: list[bool] = []
 
-    def run(source: ImageSource, autoencoder: object, count: int, gpu: bool, what: str) -> pa.Table:
-        encoded.append(gpu)
+    def run(source: ImageSource, autoencoder: object, count: int, share: Share, what: str) -> pa.Table:
+        encoded.append(bool(share))
         vectors = np.zeros((len(source), 16), np.float32) if autoencoder else np.zeros((len(source), 784), np.uint8)
         columns = {"label": source.table["label"], "index": source.table["index"]}
         return pa.table({"latent" if autoencoder else "pixels": fixed_size(vectors), **columns})
 
     monkeypatch.setattr(encode, "check_shared", lambda folder: None)
-    monkeypatch.setattr(encode, "resources", lambda: (2, 1))
-    monkeypatch.setattr(encode, "use_gpu", lambda device: device == "cuda")
+    monkeypatch.setattr(Share, "room", lambda share: 2)
     monkeypatch.setattr(encode, "run", run)
-    folders = [encode.encode(source, autoencoder, tmp_path, None, device) for device in ("cpu", "cuda", "cpu", "cuda")]
+    folders = [encode.encode(source, autoencoder, tmp_path, None, share) for share in (CPU, GPU, CPU, GPU)]
     assert encoded == [False, True]
     assert folders[:2] == folders[2:] and folders[0] != folders[1]
-    identity = {"autoencoder_sha256": autoencoder.sha256, "dataset": "folder", "revision": source.revision}
+    identity: dict[str, Any] = {
+        "autoencoder_sha256": autoencoder.sha256,
+        "dataset": "folder",
+        "revision": source.revision,
+    }
     identity |= {"split": "test", "only_digit": None, "version": ldm_ray.__version__}
     assert folders[0].name == fingerprint(identity)  # as versions without a GPU in it named it
     made_on = json.loads((folders[1] / "manifest.json").read_text())["identity"]
     assert made_on == identity | {"device": "cuda", "precision": "fp32"}
-    assert encode.encode(source, None, tmp_path, None, "cpu") == encode.encode(source, None, tmp_path, None, "cuda")
-    assert not any(key in encode.record_of(source, autoencoder) for key in ("device", "precision"))  # may change
+    assert encode.encode(source, None, tmp_path, None, CPU) == encode.encode(source, None, tmp_path, None, GPU)
+    assert not any(key in record_of(source, autoencoder) for key in ("device", "precision"))  # may change
 
 
 def test_quality_and_floors_are_the_cpus() -> None:
