@@ -38,7 +38,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What makes the data of an earlier run, as recorded, others than these. The same images from another place are
     the same data."""
     same = any(before.get(key) == now[key] for key in ("content", "revision"))
-    passed = {"content", "dataset", "revision"} if same else {"content"}
+    passed = {"content", "without_images"} | ({"dataset", "revision"} if same else set())
     return [
         f"{key} {old} then, {now.get(key)} now"
         for key, old in before.items()

@@ -25,7 +25,7 @@ from ldm_ray.devices import settle
 from ldm_ray.diffusion import noise, samplers
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.distributed import encode
-from ldm_ray.distributed.gpus import CPU, Share
+from ldm_ray.distributed.gpus import Share
 from ldm_ray.generator import Generator, fingerprint_of
 from ldm_ray.metrics.floors import floors
 from ldm_ray.metrics.lenet import Classifiers
@@ -348,7 +348,7 @@ def test_the_encoder_of_an_actor(pixels: bool, ae_file: Path, monkeypatch: pytes
         assert pixels or seen.calls
 
 
-GPU = Share(1)
+ONE_GPU, NO_GPU = Share(1), Share()
 
 
 def test_latents_of_a_gpu_lie_apart_and_a_cpus_where_they_always_did(
@@ -366,7 +366,9 @@ def test_latents_of_a_gpu_lie_apart_and_a_cpus_where_they_always_did(
     monkeypatch.setattr(encode, "check_shared", lambda folder: None)
     monkeypatch.setattr(Share, "room", lambda share: 2)
     monkeypatch.setattr(encode, "run", run)
-    folders = [encode.encode(source, autoencoder, tmp_path, None, share) for share in (CPU, GPU, CPU, GPU)]
+    folders = [
+        encode.encode(source, autoencoder, tmp_path, None, share) for share in (NO_GPU, ONE_GPU, NO_GPU, ONE_GPU)
+    ]
     assert encoded == [False, True]
     assert folders[:2] == folders[2:] and folders[0] != folders[1]
     identity: dict[str, Any] = {
@@ -378,7 +380,7 @@ def test_latents_of_a_gpu_lie_apart_and_a_cpus_where_they_always_did(
     assert folders[0].name == fingerprint(identity)  # as versions without a GPU in it named it
     made_on = json.loads((folders[1] / "manifest.json").read_text())["identity"]
     assert made_on == identity | {"device": "cuda", "precision": "fp32"}
-    assert encode.encode(source, None, tmp_path, None, CPU) == encode.encode(source, None, tmp_path, None, GPU)
+    assert encode.encode(source, None, tmp_path, None, NO_GPU) == encode.encode(source, None, tmp_path, None, ONE_GPU)
     assert not any(key in record_of(source, autoencoder) for key in ("device", "precision"))  # may change
 
 
