@@ -176,7 +176,7 @@ def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) 
     print(f"hash         {finish.dataset_hash(records)}")
     if config.npz:
         print(f"for metrics  {store}/{finish.NPZ}")
-    print(f"check        {PROG} verify {shlex.quote(str(store))}")
+    print(f"check        {cli.runnable(PROG)} verify {shlex.quote(str(store))}")
     return 0
 
 
