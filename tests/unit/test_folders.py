@@ -258,6 +258,18 @@ def test_folders_of_pictures_that_are_refused(tmp_path: Path, case: str) -> None
         assert part.strip() in message
 
 
+def test_folders_behind_links_and_a_loop_of_them(tmp_path: Path) -> None:
+    """As data that was staged elsewhere is linked to."""
+    place(tmp_path / "elsewhere" / "pictures", "a/0.png", "b/1.png")
+    write_parquet(tmp_path / "elsewhere" / "parquet" / "0.parquet", [0, 0])
+    for name, wanted in (("pictures", [(0, "a"), (1, "b")]), ("parquet", [(0, "0"), (1, "0")])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train").symlink_to(tmp_path / "elsewhere" / name)
+        (folder / "loop").symlink_to(folder)
+        assert content(load_source(str(folder), "train", tmp_path)) == wanted
+
+
 # --- Parquet ---
 
 PARQUET: dict[str, tuple[Callable[[Path], object], str]] = {
