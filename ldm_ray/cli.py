@@ -110,6 +110,7 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     """
     streams.prepare()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.raiseExceptions = False  # a log file on a full disk ends nothing and prints no traceback
     for noisy in ("httpx", "httpx2", "datasets", "huggingface_hub", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:

@@ -190,9 +190,20 @@ def from_hub(name: str, split: str, cache_dir: Path) -> Split:
         raise DataError(f"--dataset {name}, split {split!r}, cannot be loaded: {error}") from None
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = offline
-    table = loaded.with_format("arrow")[:]
+    table = with_bytes(loaded.with_format("arrow")[:])
     names = usable_names(getattr(loaded.features.get("label"), "names", None))
     return Split(table, revision or content_hash(table), names)
+
+
+def with_bytes(table: pa.Table) -> pa.Table:
+    """A table of the ``datasets`` library with the files' bytes where it has paths into its cache alone, as it does of
+    repositories of pictures."""
+    from datasets.table import embed_table_storage
+
+    kind = table.schema.field("image").type if "image" in table.column_names else pa.null()
+    if not pa.types.is_struct(kind) or {field.name for field in kind} != {"bytes", "path"}:
+        return table
+    return embed_table_storage(table) if pc.struct_field(table["image"], "bytes").null_count else table
 
 
 def checked(table: pa.Table, where: str, class_names: Sequence[str] | None) -> pa.Table:

@@ -26,11 +26,19 @@ def is_picture(file: Path) -> bool:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file at any depth; hidden folders and links to folders are not gone into. OSError as above."""
+    """Every file at any depth; hidden folders are not gone into, nor is one a second time. OSError as above."""
+    seen = {os.path.realpath(folder)}
+
+    def is_new(place: str) -> bool:
+        real = os.path.realpath(place)
+        new = real not in seen
+        seen.add(real)
+        return new
 
     def stop(error: OSError) -> None:
         raise error
 
-    for place, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        named = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in named if is_new(os.path.join(place, name))]
         yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
+from ldm_ray.distributed.cluster import check_temporary
+from ldm_ray.errors import ConfigError
 from tests.helpers.clusters import Head, running
 from tests.helpers.data import ROOT
 
@@ -28,6 +30,17 @@ def test_without_the_token_a_command_ends_with_one_line(head: Head, digits_folde
     assert done.returncode == 2, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("python -m ldm_ray.train: ")]
     assert head.address in line and "Traceback" not in done.stderr
+
+
+def test_a_temporary_folder_too_long_for_rays_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    check_temporary()
+    monkeypatch.setenv("TMPDIR", "/tmp/" + "x" * 100)
+    with pytest.raises(ConfigError, match=r"^TMPDIR=/tmp/x+ is \d+ characters too long .*set RAY_TMPDIR to a shorter"):
+        check_temporary()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    check_temporary()
 
 
 SEEN = """

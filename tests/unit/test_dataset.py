@@ -20,6 +20,7 @@ from PIL import Image
 from ldm_ray import generate
 from ldm_ray.config import SamplingConfig
 from ldm_ray.data.images import decode_png, encode_png
+from ldm_ray.data.sources import load_source
 from ldm_ray.dataset.config import GenerateConfig
 from ldm_ray.dataset.request import MANIFEST, write_manifest
 from ldm_ray.dataset.shards import Job, ShardMaker, committed
@@ -125,6 +126,10 @@ def test_other_formats(format: str, ckpt: Path, wanted: np.ndarray, tmp_path: Pa
     }
     seeds = [*range(5, 101), 3, 3, *range(200, 231)]
     assert there == {(seeds[i], i % 10, image.tobytes()) for i, image in enumerate(wanted)}
+    if format == "png":  # it can be trained on
+        source = load_source(str(out), "train", tmp_path)
+        np.testing.assert_array_equal(source.decode()[0][:, 0].numpy(), wanted)
+        assert source.table["label"].to_pylist() == [i % 10 for i in range(129)] and source.num_classes == 10
     assert generate.main(["verify", str(out), "--sample", "129"]) == 0
     victim = next((out / "data").rglob("0000000077.png" if format == "png" else "train-00001*.tar"))
     flip(victim, 600)

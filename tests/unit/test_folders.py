@@ -19,7 +19,7 @@ from PIL import Image
 
 from ldm_ray import checkpoint, infer
 from ldm_ray.classes import labels_in, numbered
-from ldm_ray.data.sources import ImageSource, load_source
+from ldm_ray.data.sources import ImageSource, load_source, with_bytes
 from ldm_ray.dataset.formats import Shard, encode
 from ldm_ray.dataset.rows import Labels
 from ldm_ray.errors import DataError
@@ -258,6 +258,18 @@ def test_folders_of_pictures_that_are_refused(tmp_path: Path, case: str) -> None
         assert part.strip() in message
 
 
+def test_folders_behind_links_and_a_loop_of_them(tmp_path: Path) -> None:
+    """As data that was staged elsewhere is linked to."""
+    place(tmp_path / "elsewhere" / "pictures", "a/0.png", "b/1.png")
+    write_parquet(tmp_path / "elsewhere" / "parquet" / "0.parquet", [0, 0])
+    for name, wanted in (("pictures", [(0, "a"), (1, "b")]), ("parquet", [(0, "0"), (1, "0")])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train").symlink_to(tmp_path / "elsewhere" / name)
+        (folder / "loop").symlink_to(folder)
+        assert content(load_source(str(folder), "train", tmp_path)) == wanted
+
+
 # --- Parquet ---
 
 PARQUET: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -359,6 +371,21 @@ def test_one_split_with_names_names_both(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-0.parquet", [0, 1, 2], CATS)
     write_parquet(tmp_path / "test-0.parquet", [0, 1])
     assert load_source(str(tmp_path), "test", tmp_path).class_names == CATS
+
+
+def test_a_table_of_datasets_with_paths_alone_gets_the_bytes(tmp_path: Path) -> None:
+    """As the hub's repositories of pictures come."""
+    import datasets
+
+    place(tmp_path / "pictures", "a/0.png", "b/1.png")
+    loaded = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "pictures"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    table = loaded.with_format("arrow")[:]
+    assert table["image"][0].as_py()["bytes"] is None
+    assert [image["bytes"] for image in with_bytes(table)["image"].to_pylist()] == [picture(0), picture(1)]
+    full = with_bytes(table)
+    assert with_bytes(full).equals(full) and with_bytes(full.select(["label"])).column_names == ["label"]
 
 
 # --- classes without an image ---
