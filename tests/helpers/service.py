@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from ldm_ray.generator import Generator
+from serve.proxy import CALLBACK
 from tests.helpers.checkpoints import write_checkpoint, write_pixels
 from tests.helpers.commands import kill
 from tests.helpers.data import ROOT
@@ -106,6 +107,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Iterator[
     config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}))
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= dict([CALLBACK])
     log = folder / "log"
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config)]
     with log.open("wb") as stream:
