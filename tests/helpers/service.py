@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,15 @@ class Server:
     port: int
     ckpt: Path
     generator: Generator
+    config: Path
+    log: Path
+
+    @property
+    def dashboard(self) -> str:
+        """The address of Ray's."""
+        match = re.search(r"dashboard at .*?(http://127\.0\.0\.1:\d+)", self.log.read_text())
+        assert match, self.log.read_text()[-2000:]
+        return match[1]
 
     def ask(
         self, path: str, body: Any = None, token: str | None = TOKEN, method: str | None = None, **headers: str
@@ -114,7 +124,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Iterator[
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
         )
-    running = Server(port, runs[2], Generator.open(runs[2])[0])
+    running = Server(port, runs[2], Generator.open(runs[2])[0], config, log)
     try:
         for _ in range(240):
             assert process.poll() is None, log.read_text()[-3000:]
