@@ -18,6 +18,7 @@ from ray.serve import Application
 
 from ldm_ray.distributed.gpus import Share, check_worker, shared_out
 from ldm_ray.errors import ConfigError
+from serve.proxy import CALLBACK
 from serve.routes import build
 from serve.service import Service
 from serve.settings import Mistake, Settings, check
@@ -69,6 +70,8 @@ class Images:
 
 def deployment(args: Settings) -> Application:
     """``serve run serve.app:deployment name=value …``; see ``settings.py`` for the names."""
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):  # Ray is about to start here
+        os.environ.setdefault(*CALLBACK)
     settings = args.resolved()
     assert settings.ckpt is not None and settings.outdir is not None
     check(settings.ckpt, settings.ae_ckpt, settings.outdir)

@@ -25,7 +25,7 @@ class Bodies:
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:20]) > self.limit:
             raise self.too_large()
-        if (not length or length.strip("0") == "") and "transfer-encoding" not in headers:
+        if not length.strip("0") and "transfer-encoding" not in headers:
             raise empty()
         coding = headers.get("content-encoding", "").strip().lower()
         if coding not in ("", "identity"):
@@ -39,7 +39,20 @@ class Bodies:
 
     async def whole(self, receive: Receive) -> Receive:
         """A ``receive`` that begins with the whole body. ApiError: 408 where it does not come in time, 413, 400 where
-        there is none or it is compressed."""
+        there is none, 415 where it is compressed."""
+        body, complete = await self.read(receive, self.limit + 1)
+        if len(body) > self.limit:
+            if not complete:
+                await self.drain(receive)
+            raise self.too_large()
+        if not body.strip():
+            raise empty()
+        if body[:2] == b"\x1f\x8b":
+            raise compressed("gzip")
+        return resumed(body, complete, receive)
+
+    async def read(self, receive: Receive, enough: int) -> tuple[bytes, bool]:
+        """(a body, or as much of it as is enough; whether that is all). ApiError 408 where it does not come in time."""
         task, expired = asyncio.current_task(), False
         assert task is not None
 
@@ -52,8 +65,14 @@ class Bodies:
         if len(self.awaited) >= AWAITED:
             self.awaited.pop(next(iter(self.awaited)))()
         self.awaited[task] = expire
+        body, complete = bytearray(), False
         try:
-            body = await self.read(receive)
+            while not complete and len(body) < enough:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise ApiError(400, "the client went away")
+                body += message.get("body", b"")
+                complete = not message.get("more_body", False)
         except asyncio.CancelledError:
             if not expired:
                 raise
@@ -64,29 +83,7 @@ class Bodies:
         finally:
             timer.cancel()
             self.awaited.pop(task, None)
-        if not body.strip():
-            raise empty()
-        if body[:2] == b"\x1f\x8b":
-            raise compressed("gzip")
-        first: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def take() -> MutableMapping[str, Any]:
-            return first.pop() if first else await receive()
-
-        return take
-
-    async def read(self, receive: Receive) -> bytes:
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise ApiError(400, "the client went away")
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.limit:
-                await self.drain(receive)
-                raise self.too_large()
-        return bytes(body)
+        return bytes(body), complete
 
     async def drain(self, receive: Receive) -> None:
         """Read on, and drop it: a client that is still sending when the connection is closed never sees the answer."""
@@ -99,6 +96,16 @@ class Bodies:
 
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(drop(), DRAIN_S)
+
+
+def resumed(body: bytes, complete: bool, receive: Receive) -> Receive:
+    """A ``receive`` that begins with what was read already."""
+    first: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": not complete}]
+
+    async def take() -> MutableMapping[str, Any]:
+        return first.pop() if first else await receive()
+
+    return take
 
 
 def empty() -> ApiError:

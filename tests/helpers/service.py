@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from ldm_ray.generator import Generator
+from serve.proxy import CALLBACK
 from tests.helpers.checkpoints import write_checkpoint, write_pixels
 from tests.helpers.commands import kill
 from tests.helpers.data import ROOT
@@ -56,6 +58,15 @@ class Server:
     port: int
     ckpt: Path
     generator: Generator
+    config: Path
+    log: Path
+
+    @property
+    def dashboard(self) -> str:
+        """The address of Ray's."""
+        match = re.search(r"dashboard at .*?(http://127\.0\.0\.1:\d+)", self.log.read_text())
+        assert match, self.log.read_text()[-2000:]
+        return match[1]
 
     def ask(
         self, path: str, body: Any = None, token: str | None = TOKEN, method: str | None = None, **headers: str
@@ -106,13 +117,14 @@ def server(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Iterator[
     config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}))
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= dict([CALLBACK])
     log = folder / "log"
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config)]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
         )
-    running = Server(port, runs[2], Generator.open(runs[2])[0])
+    running = Server(port, runs[2], Generator.open(runs[2])[0], config, log)
     try:
         for _ in range(240):
             assert process.poll() is None, log.read_text()[-3000:]

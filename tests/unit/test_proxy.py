@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from serve.proxy import middlewares
+from serve.proxy import ENOUGH, Front, middlewares
 
 
 def answer(status: int, kind: bytes, body: bytes) -> list[dict[str, Any]]:
@@ -58,6 +58,35 @@ def test_everything_else_passes_as_it_is() -> None:
         (answer(503, b"text/plain", b"draining"), "/-/healthz"),
     ):
         assert through(messages, path)[0] == messages
+
+
+def test_a_body_goes_on_as_it_came_and_half_of_one_does_not() -> None:
+    seen: list[bytes] = []
+    sent: list[dict[str, Any]] = []
+
+    async def proxy(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        seen.append(body)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    front = Front(proxy)
+    front.bodies.seconds = 0.1
+    scope = {"type": "http", "path": "/", "headers": [(b"content-length", b"9")]}
+    for parts, more in (([b"abc", b"def"], False), ([b"x" * ENOUGH, b"y" * 10, b"z"], False), ([b"abc"], True)):
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        messages[-1]["more_body"] = more
+
+        async def receive(messages: list[dict[str, Any]] = messages) -> dict[str, Any]:
+            return messages.pop(0) if messages else await asyncio.Event().wait()  # type: ignore[return-value]
+
+        asyncio.run(front(dict(scope), receive, send))
+    assert seen == [b"abcdef", b"x" * ENOUGH + b"y" * 10 + b"z"]
+    assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
 
 
 def test_a_client_does_not_switch_the_proxys_deadline_or_cancelling() -> None:

@@ -93,7 +93,7 @@ def test_seeds_and_labels(server: Server) -> None:
     drawn = server.ask(POST, {"n": 3}).json
     seeds = [item["seed"] for item in drawn["data"]]
     assert seeds == list(range(seeds[0], seeds[0] + 3)) and [item["label"] for item in drawn["data"]] == [None] * 3
-    again = server.ask(POST, {"n": 3, "seed": seeds[0], "class_label": None, "prompt": "wins not"}).json
+    again = server.ask(POST, {"n": 3, "seed": seeds[0], "class_label": None}).json
     assert again["data"] == drawn["data"]
     last = server.ask(POST, {"n": 2, "seed": 2**32 - 2, "prompt": "the digit Four"}).json
     assert [(item["seed"], item["label"]) for item in last["data"]] == [(2**32 - 2, 4), (2**32 - 1, 4)]
