@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CheckpointError(f"{ckpt} was trained on digit {only} alone, not on {config.digit}")
     seeds = [config.seed + i for i in range(config.num_images)]
     labels = [i % generator.num_classes if digit is None else digit for i in range(config.num_images)]
-    images = generator(seeds, labels, config.sampling)
+    with generator.progress(f"making {config.num_images:,} images", config.num_images, config.sampling) as progress:
+        images = generator(seeds, labels, config.sampling, progress.watch)
     told = {
         "checkpoint": generator.sha256,
         "fingerprint": generator.fingerprint_in(config.precision),
@@ -73,7 +74,13 @@ def show_process(generator: Any, seeds: list[int], labels: list[int], config: In
     from ldm_ray.data.images import grid, save_gif, save_grid
 
     seen: dict[tuple[int, int], Any] = {}  # by step and tile
-    generator(seeds, labels, config.sampling, watch=lambda first, step, x0: seen.update({(step, first): x0}))
+    with generator.progress("showing the denoising", len(seeds), config.sampling) as progress:
+
+        def keep(first: int, step: int, x0: Any) -> None:
+            seen[step, first] = x0
+            progress.watch(first, step, x0)
+
+        generator(seeds, labels, config.sampling, keep)
     frames = [torch.cat([seen[key] for key in keys]) for _, keys in groupby(sorted(seen), key=itemgetter(0))]
     images = [generator.decode(frames[i]) for i in spread(len(frames), max(config.process_steps, GIF_FRAMES))]
     strip = [images[i] for i in spread(len(images), config.process_steps)]

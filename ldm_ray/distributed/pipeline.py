@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Outcome:
             # A resumed run keeps the statistics it began with
             found = latents.whitened if content is None and config.whiten else latents.autoencoder
         cache = cache_dir(config.cache_dir)
-        test = load_source(config.dataset, "test", cache, config.only_digit) if config.evaluate_every else None
+        test = load_source(source.name, "test", cache, config.only_digit) if config.evaluate_every else None
         return _fit(config, source, folder, base, paths, content, found, test)
 
 

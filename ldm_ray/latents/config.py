@@ -57,7 +57,9 @@ class TsneConfig(SamplingConfig):
         None, "autoencoder checkpoint, or two side by side [that of --ckpt, else the newest found]", kind=str, many=2
     )
     ckpt: str | None = option(None, "denoiser checkpoint: also show images that it makes", kind=str)
-    dataset: str = option("auto", "whose test images: " + DATASET_HELP)
+    dataset: str | None = option(
+        None, f"whose test images [those of the checkpoint's own dataset]: {DATASET_HELP}", kind=str
+    )
     cache_dir: str | None = option(None, CACHE_HELP, kind=str)
     outdir: str | None = option(None, "where to look for autoencoders [$SCRATCH, else ./outputs]", kind=str)
     output: str = option("tsne.png", "the picture to write; .csv and .json of the same name go beside it")

@@ -18,7 +18,9 @@ class EvaluateConfig(SamplerConfig):
     ae_ckpt: str | None = option(
         None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
     )
-    dataset: str = option("auto", "real images to compare with: " + DATASET_HELP)
+    dataset: str | None = option(
+        None, f"real images to compare with [those it was trained on]: {DATASET_HELP}", kind=str
+    )
     cache_dir: str | None = option(None, CACHE_HELP, kind=str)
     outdir: str | None = option(
         None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]", kind=str
@@ -30,7 +32,7 @@ class EvaluateConfig(SamplerConfig):
         f"{GUIDANCE_SCALE:g}", "classifier-free guidance, 1 = off; several (1,1.5,2) are measured in turn"
     )
     device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
-    baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (a minute or two)")
+    baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (a minute)")
     ddpm_floor: bool = option(False, "also measure DDPM with every timestep of the same weights (slow)")
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
@@ -55,7 +57,9 @@ class CompareConfig(SamplingConfig):
     ckpt: tuple[str, ...] | None = option(
         None, "denoiser checkpoints, in latents or in pixels [the newest of each]", kind=str, many=8
     )
-    dataset: str = option("auto", "real images to compare with: " + DATASET_HELP)
+    dataset: str | None = option(
+        None, f"real images to compare with [those they were trained on]: {DATASET_HELP}", kind=str
+    )
     cache_dir: str | None = option(None, CACHE_HELP, kind=str)
     outdir: str | None = option(
         None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]", kind=str
