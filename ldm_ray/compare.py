@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         row |= measured(model, path, device, config, sources)
         row["notes"] = notes + row["notes"]
     where = "\n".join(f"- {row['name']}: {row['path']}" for row in rows)
-    notes = dict.fromkeys(note for row in rows for note in row.get("notes", ()))
-    text = "\n\n".join([comparison.table(rows), where, *(f"NOTE: {note}" for note in notes)])
+    every = dict.fromkeys(f"NOTE: {note}" for row in rows for note in row.get("notes", ()))
+    text = "\n\n".join([comparison.table(rows), where, *every])
     about = {"settings": config.to_dict(), "device": device.type, "versions": versions()}
     write_bytes(output / "comparison.json", comparison.to_json(about | {"checkpoints": rows}))
     write_bytes(output / "comparison.md", (text + "\n").encode())

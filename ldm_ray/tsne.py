@@ -56,13 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         panels.append(Panel(title=title, points=points, labels=labels, images=images, tests=len(found.test)))
         maps.append(points)
     data = {"name": found.source.name, "revision": found.source.revision, "test_images": len(found.test)}
-    about: dict[str, Any] = {
-        "notes": found.notes,
-        "autoencoders": told,
-        "dataset": data,
-        "settings": config.to_dict(),
-        "versions": versions(),
-    }
+    about: dict[str, Any] = {"autoencoders": told, "dataset": data, "notes": found.notes}
+    about |= {"settings": config.to_dict(), "versions": versions()}
     if found.denoiser:
         about["checkpoint"] = {"path": found.denoiser.path, "sha256": found.denoiser.sha256}
     scores_file, table = output.with_suffix(".json"), output.with_suffix(".csv")

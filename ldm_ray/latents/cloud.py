@@ -67,8 +67,7 @@ def gather(config: TsneConfig) -> Clouds:
     denoiser = denoiser_of(config, given, base)
     autoencoders = [load_autoencoder(path) for path in given] or [default_autoencoder(denoiser, base)]
     first = denoiser or autoencoders[0]
-    only = first.info.get("args", {}).get("only_digit")
-    (_, source), notes = load_own(first.info, first.path, config.dataset, cache_dir(config.cache_dir), only)
+    (_, source), notes = load_own(first.info, first.path, config.dataset, cache_dir(config.cache_dir))
     for found in autoencoders:
         if source.image_size != found.codec.image_size:
             raise ConfigError(

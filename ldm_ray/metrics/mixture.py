@@ -74,7 +74,7 @@ def start(rows: Tensor, components: int, seed: int) -> Tensor:
     with threadpool_limits(1):  # sums over several threads are added in any order
         centres = KMeans(components, n_init=1, max_iter=20, random_state=seed).fit(rows[some].cpu().numpy())
     means = torch.from_numpy(centres.cluster_centers_).to(rows)
-    sums = 0.0
+    sums: Tensor | float = 0.0
     for part in blocks(rows):
         near = torch.cdist(part, means).argmin(dim=1)
         shares = torch.nn.functional.one_hot(near, components).to(part.dtype)
