@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm_ray import cli
@@ -29,9 +28,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(CompareConfig, cli.Parser(prog=PROG, description=__doc__), argv)
-    output = Path(config.output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
+    output = cli.folder_path(config.output)
     from ldm_ray import comparison, runs
     from ldm_ray.checkpoint import versions
     from ldm_ray.data.images import encode_png

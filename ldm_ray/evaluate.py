@@ -10,7 +10,6 @@ What each figure is: docs/quality.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from ldm_ray import cli
 from ldm_ray.config import cache_dir, outdir
@@ -23,9 +22,7 @@ PROG = "python -m ldm_ray.evaluate"
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(EvaluateConfig, cli.Parser(prog=PROG, description=__doc__), argv)
-    output = Path(config.output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
+    output = cli.folder_path(config.output)
     from ldm_ray import runs
     from ldm_ray.checkpoint import versions
     from ldm_ray.data.images import encode_png

@@ -17,6 +17,7 @@ from ldm_ray.config import outdir
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.latents.config import ExploreConfig
 from ldm_ray.paths import to_path
+from ldm_ray.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_grid(generator.decode(latents.flatten(0, 1)), output, latents.shape[1], text | {"seeds": config.seeds})
     for number, row in enumerate(rows):
         print(f"row {number + 1:>3}  {row}")
-    print(f"{latents.shape[0]} rows of {latents.shape[1]} images from {ckpt} in {output}")
+    print(f"{counted(latents.shape[0], 'row')} of {latents.shape[1]} images from {ckpt} in {output}")
     return 0
 
 

@@ -18,6 +18,7 @@ from ldm_ray import cli
 from ldm_ray.config import MAX_SEED, InferConfig, outdir
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.paths import to_path
+from ldm_ray.words import counted
 
 PROG = "python -m ldm_ray.infer"
 PROCESS_IMAGES = 8
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CheckpointError(f"{ckpt} was trained on digit {only} alone, not on {config.digit}")
     seeds = [config.seed + i for i in range(config.num_images)]
     labels = [i % generator.num_classes if digit is None else digit for i in range(config.num_images)]
-    with generator.progress(f"making {config.num_images:,} images", config.num_images, config.sampling) as progress:
+    with generator.progress(
+        f"making {counted(config.num_images, 'image')}", config.num_images, config.sampling
+    ) as progress:
         images = generator(seeds, labels, config.sampling, progress.watch)
     told = {
         "checkpoint": generator.sha256,
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     text = {key: str(value) for key, value in (told | config.sampling.to_dict()).items() if value is not None}
     save_grid(images, output, text=text)
-    print(f"{config.num_images} images from {ckpt} in {output}")
+    print(f"{what} from {ckpt} in {output}")
     if config.show_process:
         count = min(PROCESS_IMAGES, config.num_images)
         for made in show_process(generator, seeds[:count], labels[:count], config, output):

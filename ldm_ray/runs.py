@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ldm_ray.checkpoint import AutoencoderCheckpoint, load_autoencoder, read
 from ldm_ray.config import SPACES, AutoencoderConfig, RunConfig
@@ -113,10 +114,12 @@ def newest_run(config: RunConfig, outdir: AnyPath) -> RunPaths | None:
 
 
 def check_writable(outdir: AnyPath) -> None:
-    """Makes the directory, or says in one line why it cannot be used."""
+    """Says in one line why the directory, there or not, cannot be written; leaves nothing."""
+    folder = outdir
     try:
-        outdir.mkdir(parents=True, exist_ok=True)
-        probe = outdir / ".write-test"
+        while isinstance(folder, Path) and not folder.exists() and not folder.is_symlink():
+            folder = folder.parent
+        probe = folder / ".write-test"
         probe.touch()
         probe.unlink()
     except OSError as error:

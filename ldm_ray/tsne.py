@@ -2,7 +2,7 @@
 
 python -m ldm_ray.tsne --ae-ckpt conv.pt mlp.pt          tsne.png, tsne.csv and tsne.json
 python -m ldm_ray.tsne --ckpt latest.pt                  also images that a denoiser makes
-python -m ldm_ray.tsne --ae-ckpt mlp.pt --samples 2000 --perplexity 50 --output maps/mlp.png
+python -m ldm_ray.tsne --ae-ckpt mlp.pt --samples 2000 --perplexity 50 --output mlp.png
 
 What the scores are: docs/latents.md.
 """

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ldm_ray.config import CACHE_HELP, DATASET_HELP, GUIDANCE_SCALE, MAX_SEED, SamplerConfig, SamplingConfig, listed
+from ldm_ray.config import (
+    CACHE_HELP,
+    DATASET_HELP,
+    GUIDANCE_SCALE,
+    MAX_SEED,
+    SamplerConfig,
+    SamplingConfig,
+    listed,
+    seeds_in,
+)
 from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, option
 
@@ -44,7 +53,7 @@ class EvaluateConfig(SamplerConfig):
             raise ConfigError(f"--seeds {self.seeds} with --samples {self.samples} goes beyond image seed {MAX_SEED}")
 
     def sampling_seeds(self) -> list[int]:
-        return [int(value) for value in listed("--seeds", self.seeds, r"\d{1,10}", MAX_SEED)]
+        return seeds_in(self.seeds)
 
     def scales(self) -> list[float]:
         return listed("--guidance-scale", self.guidance_scale, r"\d{1,3}(\.\d{1,6})?", 20)
