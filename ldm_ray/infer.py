@@ -51,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CheckpointError(f"{ckpt} was trained on digit {only} alone, not on {config.digit}")
     seeds = [config.seed + i for i in range(config.num_images)]
     labels = [i % generator.num_classes if digit is None else digit for i in range(config.num_images)]
-    with generator.progress(
-        f"making {counted(config.num_images, 'image')}", config.num_images, config.sampling
-    ) as progress:
+    what = counted(config.num_images, "image")
+    with generator.progress(f"making {what}", config.num_images, config.sampling) as progress:
         images = generator(seeds, labels, config.sampling, progress.watch)
     told = {
         "checkpoint": generator.sha256,

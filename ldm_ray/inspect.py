@@ -52,7 +52,12 @@ def newest() -> AnyPath:
 def main_lines(found: dict[str, Any]) -> dict[str, Any]:
     """Of what ``describe`` gives, at most 12 lines for a reader."""
     schedule, inside, data = (found.get(key) or {} for key in ("schedule", "autoencoder", "data"))
-    sizes = {"latent_dim": "latent of {}", "hidden_dim": "{} wide", "num_blocks": "{} blocks"}
+    pixels = found["kind"] == "pixel_diffusion"
+    sizes = {
+        "latent_dim": "{} pixels" if pixels else "latent of {}",
+        "hidden_dim": "{} wide",
+        "num_blocks": "{} blocks",
+    }
     losses = {"train_loss": "train loss {:.4f}", "val_loss": "validation loss {:.4f}"}
     state = {"state": "{}"} if found.get("state") else {"epoch": "epoch {}"}
     lines = {

@@ -239,6 +239,22 @@ def test_unknown_flags_are_one_line_and_exit_2(argv: list[str], capsys: pytest.C
     assert stop.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1 and argv[0] in shown.err
 
 
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["--epoch", "3"], "--epochs"), (["--batchsize=3"], "--batch-size"), (["--only_digit", "3"], "--only-digit"),
+        (["-lr", "3"], "--lr"), (["--nonsense"], None), (["loose"], None),
+    ],
+)  # fmt: skip
+def test_a_flag_that_resembles_another_is_asked_about(
+    argv: list[str], meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, *argv)
+    said = capsys.readouterr().err
+    assert (f"did you mean {meant}?" if meant else argv[0]) in said and ("did you mean" in said) == bool(meant)
+
+
 # --- run names ---
 
 
@@ -278,6 +294,14 @@ def test_an_output_directory_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written") as error:
         runs.check_writable(tmp_path / "file" / "out")
     assert "\n" not in str(error.value)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "further")
+    with pytest.raises(ConfigError, match="nowhere cannot be written"):
+        runs.check_writable(tmp_path / "nowhere")
+
+
+def test_a_look_at_an_output_directory_leaves_nothing(tmp_path: Path) -> None:
+    runs.check_writable(tmp_path / "new" / "deeper")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- discovery ---
