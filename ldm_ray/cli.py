@@ -37,10 +37,10 @@ class Parser(argparse.ArgumentParser):
 
     def resembling(self, rest: Sequence[str]) -> str:
         """The question after the flag that the first unknown one may have been meant for, or nothing."""
-        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        word = next((word.partition("=")[0].replace("_", "-") for word in rest if word.startswith("-")), "")
-        near = difflib.get_close_matches("--" + word.lstrip("-"), flags, 1) if word else []
-        return f"; did you mean {near[0]}?" if near else ""
+        flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        word = next((word.partition("=")[0].strip("-") for word in rest if word.startswith("-")), "").replace("_", "-")
+        near = difflib.get_close_matches(word, flags, 1, 0.7) or [f for f in flags if len(word) > 2 and word in f]
+        return f"; did you mean --{near[0]}?" if near else ""
 
 
 def number(kind: type) -> Callable[[str], Any]:

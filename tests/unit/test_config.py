@@ -243,7 +243,8 @@ def test_unknown_flags_are_one_line_and_exit_2(argv: list[str], capsys: pytest.C
     ("argv", "meant"),
     [
         (["--epoch", "3"], "--epochs"), (["--batchsize=3"], "--batch-size"), (["--only_digit", "3"], "--only-digit"),
-        (["-lr", "3"], "--lr"), (["--nonsense"], None), (["loose"], None),
+        (["-lr", "3"], "--lr"), (["--patience", "3"], "--early-stopping-patience"),
+        (["--nonsense"], None), (["loose"], None),
     ],
 )  # fmt: skip
 def test_a_flag_that_resembles_another_is_asked_about(
