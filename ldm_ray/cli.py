@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import logging
 import os
@@ -30,6 +31,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; of a flag that is not known, the one that it resembles is named."""
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self.resembling(rest)}")
+        return known
+
+    def resembling(self, rest: Sequence[str]) -> str:
+        """The question after the flag that the first unknown one may have been meant for, or nothing."""
+        flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        word = next((word.partition("=")[0].strip("-") for word in rest if word.startswith("-")), "").replace("_", "-")
+        near = difflib.get_close_matches(word, flags, 1, 0.7) or [f for f in flags if len(word) > 2 and word in f]
+        return f"; did you mean --{near[0]}?" if near else ""
 
 
 def number(kind: type) -> Callable[[str], Any]:
@@ -100,7 +115,23 @@ def picture_path(given: str) -> Path:
         raise ConfigError(f"--output {output} is to be a .png file")
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; name a .png file in it")
+    check_place(output)
     return output
+
+
+def folder_path(given: str) -> Path:
+    """``--output`` of a command that writes a folder. ConfigError where it is a file, or is in no folder."""
+    output = local_path(given)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
+    check_place(output)
+    return output
+
+
+def check_place(output: Path) -> None:
+    """ConfigError unless the folder that ``--output`` is to be in is there: a slip of the pen makes no folders."""
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first, or name another")
 
 
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:

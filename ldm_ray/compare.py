@@ -15,21 +15,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm_ray import cli
-from ldm_ray.config import outdir
+from ldm_ray.config import cache_dir, outdir
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.metrics.config import CompareConfig
-from ldm_ray.paths import AnyPath, local_path, to_path
+from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.progress import Progress
 
 PROG = "python -m ldm_ray.compare"
-ROWS = 8  # of images of each class in the picture
+ROWS, COLUMNS = 8, 10  # of each checkpoint's images in the picture; classes at most
 log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(CompareConfig, cli.Parser(prog=PROG, description=__doc__), argv)
-    output = local_path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
+    output = cli.folder_path(config.output)
     from ldm_ray import comparison, runs
     from ldm_ray.checkpoint import versions
     from ldm_ray.data.images import encode_png
@@ -40,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base, device = outdir(config.outdir), pick_device(config.device)
     paths = [to_path(path) for path in config.ckpt or ()] or newest(base)
     loaded = [load_checked(path, base, config) for path in paths]
+    own = real_images(loaded, paths, config) if config.samples else []
     for folder in (base, output):
         runs.check_writable(folder)
     rows: list[dict[str, Any]] = [comparison.facts(model, config.sampling) for model in loaded]
@@ -47,15 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("%s, %s: speed and memory", name, path)
         row |= {"name": name, "path": str(path), "sha256": model.sha256}
         asked = (path, device.type, config.sampling, config.sizes(), config.repeats)
-        row |= comparison.apart(comparison.sampling_speed, *asked)
-        row |= comparison.apart(comparison.training_speed, path, device.type)
-    panels = [(row["name"], images_of(model, device, config)) for row, model in zip(rows, loaded, strict=True)]
+        with Progress(f"{name}: how fast it samples"):
+            row |= comparison.apart(comparison.sampling_speed, *asked)
+        with Progress(f"{name}: how fast it trains"):
+            row |= comparison.apart(comparison.training_speed, path, device.type)
+    panels = [(row["name"], *images_of(model, device, config)) for row, model in zip(rows, loaded, strict=True)]
     write_bytes(output / "comparison.png", encode_png(side_by_side(panels)))
-    if config.samples:
-        for row, path, model in zip(rows, paths, loaded, strict=True):
-            row |= measured(model, path, device, config)
+    for row, path, model, (sources, notes) in zip(rows, paths, loaded, own, strict=False):
+        row |= measured(model, path, device, config, sources)
+        row["notes"] = notes + row["notes"]
     where = "\n".join(f"- {row['name']}: {row['path']}" for row in rows)
-    text = f"{comparison.table(rows)}\n\n{where}"
+    every = dict.fromkeys(f"NOTE: {note}" for row in rows for note in row.get("notes", ()))
+    text = "\n\n".join([comparison.table(rows), where, *every])
     about = {"settings": config.to_dict(), "device": device.type, "versions": versions()}
     write_bytes(output / "comparison.json", comparison.to_json(about | {"checkpoints": rows}))
     write_bytes(output / "comparison.md", (text + "\n").encode())
@@ -91,25 +94,42 @@ def load_checked(path: AnyPath, base: AnyPath, config: CompareConfig) -> Any:
     return found
 
 
-def images_of(model: Any, device: Any, config: CompareConfig) -> Any:
-    """ROWS images of each class (N, 1, H, W) uint8, a column for each class."""
+def real_images(loaded: list[Any], paths: list[AnyPath], config: CompareConfig) -> list[tuple[list[Any], list[str]]]:
+    """Of each checkpoint, ``load_own``. ConfigError where they were trained on different images and none are named."""
+    from ldm_ray.data.recorded import load_own
+
+    cache = cache_dir(config.cache_dir)
+    own = [
+        load_own(model.info, path, config.dataset, cache, model.info.get("args", {}).get("only_digit"))
+        for path, model in zip(paths, loaded, strict=True)
+    ]
+    if len({sources[0].revision for sources, _ in own}) > 1:
+        names = "; ".join(f"{path}: {sources[0].name}" for path, (sources, _) in zip(paths, own, strict=True))
+        raise ConfigError(f"these checkpoints have different images ({names}): name those to compare with by --dataset")
+    return own
+
+
+def images_of(model: Any, device: Any, config: CompareConfig) -> tuple[Any, int]:
+    """(ROWS images (N, 1, H, W) uint8 of each class, the number of columns: one for each class). The columns of a model
+    of one digit all show that."""
     from ldm_ray.generator import Generator
 
     generator, only = Generator.of(model, device), model.info.get("args", {}).get("only_digit")
-    classes = generator.labels if only is None else [only]
-    count = ROWS * len(classes)
-    return generator(range(count), [classes[i % len(classes)] for i in range(count)], config.sampling)
+    columns = min(COLUMNS, len(generator.labels))
+    labels = [generator.labels[i % columns] if only is None else only for i in range(ROWS * columns)]
+    with generator.progress("making the picture", len(labels), config.sampling) as progress:
+        return generator(range(len(labels)), labels, config.sampling, progress.watch), columns
 
 
-def measured(model: Any, path: AnyPath, device: Any, config: CompareConfig) -> dict[str, Any]:
-    """The quality of a checkpoint's images and the floor beside it."""
+def measured(model: Any, path: AnyPath, device: Any, config: CompareConfig, sources: list[Any]) -> dict[str, Any]:
+    """The quality of a checkpoint's images beside the real ones of ``sources``, and the floor beside it."""
     from ldm_ray.generator import Generator
     from ldm_ray.metrics.evaluation import evaluate
     from ldm_ray.metrics.report import floor_of
 
-    only = model.info.get("args", {}).get("only_digit")
-    found, _ = evaluate(config.evaluation(str(path)), Generator.of(model, device), only)
-    return {"quality": found["samples"][0], "floor": floor_of(found)[1], "floors": found["floors"]}
+    found, _ = evaluate(config.evaluation(str(path)), Generator.of(model, device), sources)
+    kept = {"floors": found["floors"], "dataset": found["dataset"], "notes": found["notes"]}
+    return {"quality": found["samples"][0], "floor": floor_of(found)[1]} | kept
 
 
 if __name__ == "__main__":

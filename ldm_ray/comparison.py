@@ -166,10 +166,10 @@ LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "training, images/s now": lambda row: number(row["train_images_per_s"]),
     "training process at most, MB": lambda row: number(row["training_mb"]),
     "sampling process at most, MB": lambda row: number(row["sampling_mb"]),
-    "FD-LeNet": lambda row: figure(row, "fd_lenet", ".2f"),
+    "FD-LeNet ↓": lambda row: figure(row, "fd_lenet", ".2f"),
     "its floor": lambda row: number(row.get("floor"), ".2f"),
-    "accuracy": lambda row: figure(row, "accuracy", ".4f"),
-    "recall": lambda row: figure(row, "recall", ".3f"),
+    "accuracy ↑": lambda row: figure(row, "accuracy", ".4f"),
+    "recall ↑": lambda row: figure(row, "recall", ".3f"),
 }
 
 

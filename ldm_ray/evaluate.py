@@ -12,24 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm_ray import cli
-from ldm_ray.config import outdir
+from ldm_ray.config import cache_dir, outdir
 from ldm_ray.errors import ConfigError
 from ldm_ray.metrics.config import EvaluateConfig
-from ldm_ray.paths import local_path, to_path
+from ldm_ray.paths import to_path
 
 PROG = "python -m ldm_ray.evaluate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(EvaluateConfig, cli.Parser(prog=PROG, description=__doc__), argv)
-    output = local_path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file; needed is a folder, there or not")
+    output = cli.folder_path(config.output)
     from ldm_ray import runs
     from ldm_ray.checkpoint import versions
     from ldm_ray.data.images import encode_png
+    from ldm_ray.data.recorded import load_own
     from ldm_ray.devices import pick_device
-    from ldm_ray.generator import Generator, check_precision
+    from ldm_ray.generator import Generator, check_precision, load
     from ldm_ray.metrics.evaluation import evaluate, write_json
     from ldm_ray.metrics.lenet import SHA256
     from ldm_ray.metrics.report import table
@@ -41,17 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ckpt is None:
         raise ConfigError(f"no checkpoint under {base}: name one by --ckpt, or make one with python -m ldm_ray.train")
     ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
-    generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
-    check_precision(config.precision, generator.codec)
+    model = load(ckpt, ae_ckpt, config.force, search=[ckpt.parent, base])
+    check_precision(config.precision, model.codec)
+    only = model.info.get("args", {}).get("only_digit")
+    sources, notes = load_own(model.info, ckpt, config.dataset, cache_dir(config.cache_dir), only)
     for folder in (base, output):
         runs.check_writable(folder)
-    found, picture = evaluate(config, generator, info.get("only_digit"))
+    generator = Generator.of(model, device)
+    found, picture = evaluate(config, generator, sources)
+    found["notes"] = notes + found["notes"]
     about = {"checkpoint": {"path": str(ckpt), "sha256": generator.sha256}, "settings": config.to_dict()}
     write_json(output / "metrics.json", about | {"versions": versions(), "classifiers": SHA256} | found)
     write_bytes(output / "samples.png", encode_png(picture, {"checkpoint": generator.sha256}))
     test = found["dataset"]["test"]
     print(f"{config.samples} images a row against the {test['count']} test images of {test['name']}; sampling seeds "
           f"{config.seeds}, mean ± sd\n\n{table(found)}\n")  # fmt: skip
+    for note in found["notes"]:
+        print(f"NOTE: {note}\n")
     print(f"metrics     {output / 'metrics.json'}")
     print(f"samples     {output / 'samples.png'}, each beside its nearest training image")
     return 0

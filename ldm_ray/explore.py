@@ -17,6 +17,7 @@ from ldm_ray.config import outdir
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.latents.config import ExploreConfig
 from ldm_ray.paths import to_path
+from ldm_ray.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,15 +25,18 @@ if TYPE_CHECKING:
     from ldm_ray.generator import Generator
 
 PROG = "python -m ldm_ray.explore"
+Names = list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(ExploreConfig, cli.Parser(prog=PROG, description=__doc__), argv)
     output = cli.picture_path(config.output)
     from ldm_ray import runs
-    from ldm_ray.data.images import save_grid
+    from ldm_ray.data.images import encode_png, grid
     from ldm_ray.devices import pick_device
     from ldm_ray.generator import Generator
+    from ldm_ray.latents.labels import labelled
+    from ldm_ray.paths import write_bytes
 
     base = outdir(config.outdir)
     ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(base)
@@ -42,17 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(config.device)
     generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
     labels = labels_of(config, generator, info.get("only_digit"))
-    latents, rows = sheet(config, generator, labels)
+    latents, rows, columns = sheet(config, generator, labels)
     told = {
         "checkpoint": generator.sha256,
         "fingerprint": generator.fingerprint_in(config.precision),
         "sheet": config.sheet,
     }
     text = {key: str(value) for key, value in (told | config.sampling.to_dict()).items() if value is not None}
-    save_grid(generator.decode(latents.flatten(0, 1)), output, latents.shape[1], text | {"seeds": config.seeds})
-    for number, row in enumerate(rows):
-        print(f"row {number + 1:>3}  {row}")
-    print(f"{latents.shape[0]} rows of {latents.shape[1]} images from {ckpt} in {output}")
+    images = grid(generator.decode(latents.flatten(0, 1)), latents.shape[1])
+    write_bytes(output, encode_png(labelled(images, rows, columns), text | {"seeds": config.seeds}))
+    if config.sheet == "plane":
+        print("beside the rows and above the columns: the places along the plane's axes, in standard deviations")
+    else:
+        print("\n".join(f"row {number + 1:>3}  {row}" for number, row in enumerate(rows)))
+    print(f"{counted(latents.shape[0], 'row')} of {latents.shape[1]} images from {ckpt} in {output}")
     return 0
 
 
@@ -71,25 +78,32 @@ def labels_of(config: ExploreConfig, generator: Generator, only: int | None) -> 
     return labels
 
 
-def sheet(config: ExploreConfig, generator: Generator, labels: list[int | None]) -> tuple[Tensor, list[str]]:
-    """(whitened latents (R, S, D), what each row is)."""
+def sheet(config: ExploreConfig, generator: Generator, labels: list[int | None]) -> tuple[Tensor, Names, Names]:
+    """(whitened latents (R, S, D), what each row is, what each column is)."""
     from ldm_ray.latents import sheets
 
     seeds, sampling = config.image_seeds(), config.sampling
     ends = sheets.ends_of(seeds, labels)
     names = [f"{name_of(label, generator)}, seed {seed}" for seed, label in ends]
+    shares = [i / (config.columns - 1) for i in range(config.columns)]
     if config.sheet == "interpolate":
         latents = sheets.between(generator, ends, config.columns, config.method, sampling)
-        return latents, [f"{a} to {b}" for a, b in itertools.pairwise(names)]
+        return latents, [f"{a} to {b}" for a, b in itertools.pairwise(names)], [f"{share:.0%}" for share in shares]
     if config.sheet == "plane":
         if len(seeds) > 1:
             raise ConfigError(f"--sheet plane takes one of --seeds, the first of those it goes by, not {config.seeds}")
-        latents = sheets.over_plane(generator, seeds[0], labels, config.columns, sampling)
-        return latents, []
+        latents, right, up = sheets.over_plane(generator, seeds[0], labels, config.columns, sampling)
+        return latents, [place(y) for y in up], [place(x) for x in right]
     if len(ends) > 1:
         raise ConfigError("--sheet traverse starts from one image: name one of --seeds and one of --digits")
     latents = sheets.along(generator, ends[0], config.columns, config.span, config.rows, sampling)
-    return latents, [f"{names[0]}: number {axis}" for axis in range(len(latents))]
+    values = [place(config.span * (2 * share - 1)) for share in shares]
+    return latents, [f"{names[0]}: number {axis}" for axis in range(len(latents))], values
+
+
+def place(value: float) -> str:
+    """Where something is on an axis of standard deviations."""
+    return "0" if abs(value) < 0.05 else f"{value:+.1f}"
 
 
 def name_of(label: int | None, generator: Generator) -> str:

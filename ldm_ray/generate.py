@@ -26,6 +26,8 @@ from ldm_ray.dataset.config import GenerateConfig, VerifyConfig
 from ldm_ray.errors import ConfigError
 from ldm_ray.hold import hold
 from ldm_ray.paths import AnyPath, local_path, to_path
+from ldm_ray.progress import Progress
+from ldm_ray.words import counted
 
 if TYPE_CHECKING:
     from ldm_ray.checkpoint import DiffusionCheckpoint
@@ -144,7 +146,9 @@ def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) 
         if config.dry_run:
             from ldm_ray.dataset.estimate import estimate
 
-            print(estimate(config, model, asked, store, records, device))
+            with Progress("measuring how fast images are made"):
+                told = estimate(config, model, asked, store, records, device)
+            print(told)
             return 0
         writes = config.npz or not finish.is_finished(store, asked, records)
         if writes:  # a finished folder may be read-only
@@ -154,8 +158,8 @@ def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) 
         manifest = found or asked.manifest(str(path), ae_ckpt, device)
         if len(records) < asked.num_shards:
             log.info(
-                "%s images, %s of %s shards there, to %s",
-                f"{asked.count:,}", f"{len(records):,}", f"{asked.num_shards:,}", store
+                "%s, %s of %s shards there, to %s",
+                counted(asked.count, "image"), f"{len(records):,}", f"{asked.num_shards:,}", store
             )  # fmt: skip
             if not os.environ.get("RAY_ADDRESS"):
                 join(stack, config)
@@ -166,13 +170,16 @@ def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) 
                 there = sum(record.rows for record in records.values())
                 print(f"stopped with {there:,} of {asked.count:,} images; run the same command again to go on")
                 return 128 + number
-    finish.finish(store, asked, records, manifest)
-    if config.npz:
-        finish.write_npz(store, asked, records)
+    with Progress("finishing the dataset"):
+        finish.finish(store, asked, records, manifest)
+        if config.npz:
+            finish.write_npz(store, asked, records)
     if writes:
         store.clean()
     size = sum(record.bytes for record in records.values())
-    print(f"dataset      {store}: {asked.count:,} images in {asked.num_shards:,} shards, {size / 1e6:,.1f} MB")
+    what = f"{counted(asked.count, 'image')} in {counted(asked.num_shards, 'shard')}"
+    large = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes"
+    print(f"dataset      {store}: {what}, {large}")
     print(f"hash         {finish.dataset_hash(records)}")
     if config.npz:
         print(f"for metrics  {store}/{finish.NPZ}")
@@ -219,7 +226,7 @@ def make(
     missing = [number for number in range(job.request.num_shards) if number not in records]
     share = share_of(config)
     workers = ray_generate.pool_size(config.num_workers, len(missing), device, share)
-    progress = Progress(job.request.count, sum(record.rows for record in records.values()))
+    progress = Made(job.request.count, sum(record.rows for record in records.values()))
     try:
         with stoppable(), contextlib.closing(ray_generate.generate(job, missing, workers, device, share)) as made:
             for record, _, seconds in made:
@@ -254,7 +261,7 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Progress:
+class Made:
     """Images so far, images per second and time left: a bar on a terminal, else a line now and then."""
 
     def __init__(self, total: int, there: int, every: float = 10.0) -> None:
@@ -293,10 +300,10 @@ class Progress:
 
     def tell(self, workers: int) -> None:
         log.info(
-            "%s images made in %.1f s by %d workers: %s images/s once they were up",
-            f"{self.made:,}",
+            "%s made in %.1f s by %s: %s images/s once they were up",
+            counted(self.made, "image"),
             time.perf_counter() - self.called,
-            workers,
+            counted(workers, "worker"),
             f"{self.rate():,.0f}",
         )
 

@@ -29,6 +29,7 @@ from ldm_ray.models.registry import REGISTRY
 from ldm_ray.models.tabled import TabledDenoiser, for_sampling
 from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.progress import Progress
 from ldm_ray.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles, single_threaded
 
 ENGINE = 2  # goes up with every change to what a seed's bytes are
@@ -133,7 +134,12 @@ class Generator:
 
     def latents(self, seeds: Sequence[int], labels: Sequence[int | None], sampling: SamplingConfig = DEFAULT) -> Tensor:
         """Whitened latents (B, D) float32, what ``decode`` makes the images of."""
-        return torch.cat([part[0] for part in self._tiled(seeds, labels, sampling, None, decode=False)])
+        with self.progress(f"making {len(seeds):,} latents", len(seeds), sampling) as progress:
+            return torch.cat([part[0] for part in self._tiled(seeds, labels, sampling, progress.watch, decode=False)])
+
+    def progress(self, what: str, count: int, sampling: SamplingConfig) -> Progress:
+        """To show how far so many images are, by its ``watch``. ConfigError on settings that cannot be."""
+        return Progress(what, count * len(plan_of(self.schedule, sampling, self.prediction_type)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Whitened latents (B, D) → images (B, 1, H, W) uint8 on the CPU. CheckpointError when not finite."""

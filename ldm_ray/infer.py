@@ -18,6 +18,7 @@ from ldm_ray import cli
 from ldm_ray.config import MAX_SEED, InferConfig, outdir
 from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.paths import to_path
+from ldm_ray.words import counted
 
 PROG = "python -m ldm_ray.infer"
 PROCESS_IMAGES = 8
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CheckpointError(f"{ckpt} was trained on digit {only} alone, not on {config.digit}")
     seeds = [config.seed + i for i in range(config.num_images)]
     labels = generator.in_turn(config.num_images, digit)
-    images = generator(seeds, labels, config.sampling)
+    what = counted(config.num_images, "image")
+    with generator.progress(f"making {what}", config.num_images, config.sampling) as progress:
+        images = generator(seeds, labels, config.sampling, progress.watch)
     told = {
         "checkpoint": generator.sha256,
         "fingerprint": generator.fingerprint_in(config.precision),
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     text = {key: str(value) for key, value in (told | config.sampling.to_dict()).items() if value is not None}
     save_grid(images, output, text=text)
-    print(f"{config.num_images} images from {ckpt} in {output}")
+    print(f"{what} from {ckpt} in {output}")
     if config.show_process:
         count = min(PROCESS_IMAGES, config.num_images)
         for made in show_process(generator, seeds[:count], labels[:count], config, output):
@@ -73,7 +76,13 @@ def show_process(generator: Any, seeds: list[int], labels: list[int], config: In
     from ldm_ray.data.images import grid, save_gif, save_grid
 
     seen: dict[tuple[int, int], Any] = {}  # by step and tile
-    generator(seeds, labels, config.sampling, watch=lambda first, step, x0: seen.update({(step, first): x0}))
+    with generator.progress("showing the denoising", len(seeds), config.sampling) as progress:
+
+        def keep(first: int, step: int, x0: Any) -> None:
+            seen[step, first] = x0
+            progress.watch(first, step, x0)
+
+        generator(seeds, labels, config.sampling, keep)
     frames = [torch.cat([seen[key] for key in keys]) for _, keys in groupby(sorted(seen), key=itemgetter(0))]
     images = [generator.decode(frames[i]) for i in spread(len(frames), max(config.process_steps, GIF_FRAMES))]
     strip = [images[i] for i in spread(len(images), config.process_steps)]

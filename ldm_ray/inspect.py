@@ -1,6 +1,7 @@
-"""Prints what a checkpoint is: its kind, autoencoder type, sizes, schedule, settings and hashes.
+"""Prints what a checkpoint is: its kind, sizes, schedule, classes, training and hash; all that it says of itself.
 
-python -m ldm_ray.inspect latest.pt
+python -m ldm_ray.inspect                                the newest checkpoint, in a few lines
+python -m ldm_ray.inspect latest.pt --all                every setting and hash
 python -m ldm_ray.inspect latest.pt --json
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm_ray import cli
+from ldm_ray.config import outdir
+from ldm_ray.errors import ConfigError
 from ldm_ray.paths import AnyPath, to_path
 
 PROG = "python -m ldm_ray.inspect"
@@ -18,15 +21,75 @@ PROG = "python -m ldm_ray.inspect"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog=PROG, description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, of the autoencoder or the denoiser")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="?",
+        help="a .pt file, of the autoencoder or the denoiser [the newest denoiser under $SCRATCH, else ./outputs]",
+    )
+    parser.add_argument("--all", action="store_true", help="print every setting, not the main lines alone")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     given = parser.parse_args(argv)
-    found = describe(to_path(given.checkpoint))
+    found = describe(to_path(given.checkpoint) if given.checkpoint else newest())
     if given.json:
         print(json.dumps(found, indent=1, default=str))
     else:
-        show(found)
+        show(found if given.all else main_lines(found))
     return 0
+
+
+def newest() -> AnyPath:
+    """The newest denoiser's checkpoint. ConfigError when there is none."""
+    from ldm_ray import runs
+
+    base = outdir(None)
+    path = runs.newest_diffusion(base)
+    if path is None:
+        raise ConfigError(f"no checkpoint under {base}: name one, or make one with python -m ldm_ray.train")
+    return path
+
+
+def main_lines(found: dict[str, Any]) -> dict[str, Any]:
+    """Of what ``describe`` gives, at most 12 lines for a reader."""
+    schedule, inside, data = (found.get(key) or {} for key in ("schedule", "autoencoder", "data"))
+    pixels = found["kind"] == "pixel_diffusion"
+    sizes = {
+        "latent_dim": "{} pixels" if pixels else "latent of {}",
+        "hidden_dim": "{} wide",
+        "num_blocks": "{} blocks",
+    }
+    losses = {"train_loss": "train loss {:.4f}", "val_loss": "validation loss {:.4f}"}
+    state = {"state": "{}"} if found.get("state") else {"epoch": "epoch {}"}
+    lines = {
+        "file": found["file"],
+        "kind": found["kind"] + (f", type {found['type']}" if "type" in found else ""),
+        "sha256": found["sha256"],
+        "run": found.get("exp_name"),
+        "network": ", ".join([f"{found['parameters']:,} parameters", *phrases(found, sizes)]),
+        "classes": found.get("class_names"),
+        "schedule": schedule and f"{schedule['beta_schedule']}, T {schedule['num_train_timesteps']}",
+        "autoencoder": inside and ", ".join(phrases(inside, {"type": "{}", "path": "{}"})),
+        "images": ", ".join(
+            phrases({**inside, **found}, {"image_size": "{}", "only_digit": "digit {} alone"})
+            + phrases(data, {"dataset": "of {}"})
+        ),
+        "trained": ", ".join(phrases(found, {**state, **losses, "train_seconds": "{:,.0f} s"})),
+        "quality": ", ".join(f"{name} {value}" for name, value in (found.get("quality") or {}).items()),
+        "more": "--all: every setting",
+    }
+    return {name: text for name, text in lines.items() if text}
+
+
+def phrases(values: dict[str, Any], forms: dict[str, str]) -> list[str]:
+    """Those of the values that are there, each in its form; as they are where they do not fit it."""
+    told = []
+    for key, form in forms.items():
+        if values.get(key) is not None:
+            try:
+                told.append(form.format(values[key]))
+            except (TypeError, ValueError):  # a file may say anything
+                told.append(str(values[key]))
+    return told
 
 
 def describe(path: AnyPath) -> dict[str, Any]:
@@ -40,7 +103,7 @@ def describe(path: AnyPath) -> dict[str, Any]:
         found |= {"sha256": loaded.sha256, "type": loaded.codec.kind, "latent_dim": loaded.codec.latent_dim}
         found |= {"parameters": sum(p.numel() for p in loaded.codec.model.parameters())}
         found |= {"image_size": loaded.codec.image_size, "only_digit": loaded.only_digit}
-        return found | loaded.info
+        return found | settings_once(loaded.info)
     diffusion = checkpoint.load_diffusion(path)
     denoiser, carried = diffusion.denoiser, diffusion.autoencoder
     found |= {
@@ -56,7 +119,7 @@ def describe(path: AnyPath) -> dict[str, Any]:
     }
     if kind == "pixel_diffusion":
         assert diffusion.codec is not None
-        return found | {"image_size": diffusion.codec.image_size} | diffusion.info
+        return found | {"image_size": diffusion.codec.image_size} | settings_once(diffusion.info)
     found["num_blocks"] = denoiser.num_blocks
     if carried:
         size = {"image_size": carried.codec.image_size}
@@ -64,7 +127,14 @@ def describe(path: AnyPath) -> dict[str, Any]:
     else:
         args = content["args"]
         found["autoencoder"] = {"type": args.get("ae_model"), "path": args.get("ae_ckpt"), "carried": False}
-    return found | diffusion.info
+    return found | settings_once(diffusion.info)
+
+
+def settings_once(info: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings in ``args`` that ``config`` has as well."""
+    config, args = info.get("config", {}), info.get("args", {})
+    rest = {key: value for key, value in args.items() if key not in config or config[key] != value}
+    return {key: value for key, value in info.items() if key != "args"} | ({"args": rest} if rest else {})
 
 
 def show(values: dict[str, Any], indent: str = "") -> None:

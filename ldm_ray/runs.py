@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from ldm_ray.checkpoint import AutoencoderCheckpoint, load_autoencoder, read
 from ldm_ray.config import SPACES, AutoencoderConfig, RunConfig
@@ -122,10 +123,12 @@ def newest_first(files: Iterable[AnyPath]) -> list[AnyPath]:
 
 
 def check_writable(outdir: AnyPath) -> None:
-    """Makes the directory, or says in one line why it cannot be used."""
+    """Says in one line why the directory, there or not, cannot be written; leaves nothing."""
+    folder = outdir
     try:
-        outdir.mkdir(parents=True, exist_ok=True)
-        probe = outdir / f".write-test-{unique()}"
+        while isinstance(folder, Path) and not folder.exists() and not folder.is_symlink():
+            folder = folder.parent
+        probe = folder / f".write-test-{unique()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -2,7 +2,7 @@
 
 python -m ldm_ray.tsne --ae-ckpt conv.pt mlp.pt          tsne.png, tsne.csv and tsne.json
 python -m ldm_ray.tsne --ckpt latest.pt                  also images that a denoiser makes
-python -m ldm_ray.tsne --ae-ckpt mlp.pt --samples 2000 --perplexity 50 --output maps/mlp.png
+python -m ldm_ray.tsne --ae-ckpt mlp.pt --samples 2000 --perplexity 50 --output mlp.png
 
 What the scores are: docs/latents.md.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_ray import cli
 from ldm_ray.latents.config import TsneConfig
+from ldm_ray.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,14 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for cloud in found.clouds:
         kind, path = cloud.autoencoder.codec.kind, cloud.autoencoder.path
         log.info("%s, %d points of %d numbers: %s", kind, len(cloud.latents), cloud.latents.shape[1], path)
-        points = tsne(cloud.latents.double().numpy(), config.perplexity, config.seed)
-        each = score(found, cloud.latents.numpy(), points)
+        with Progress("laying them out"):
+            points = tsne(cloud.latents.double().numpy(), config.perplexity, config.seed)
+        with Progress("scoring the map"):
+            each = score(found, cloud.latents.numpy(), points)
         told.append({"type": kind, "path": path, "sha256": cloud.autoencoder.sha256, "scores": each})
         title = f"{kind}, {cloud.latents.shape[1]} numbers\n" + "\n".join(lines(each))
         panels.append(Panel(title=title, points=points, labels=labels, images=images, tests=len(found.test)))
         maps.append(points)
     data = {"name": found.source.name, "revision": found.source.revision, "test_images": len(found.test)}
-    about = {"autoencoders": told, "dataset": data, "settings": config.to_dict(), "versions": versions()}
+    about: dict[str, Any] = {"autoencoders": told, "dataset": data, "notes": found.notes}
+    about |= {"settings": config.to_dict(), "versions": versions()}
     if found.denoiser:
         about["checkpoint"] = {"path": found.denoiser.path, "sha256": found.denoiser.sha256}
     scores_file, table = output.with_suffix(".json"), output.with_suffix(".csv")
@@ -63,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_bytes(output, draw(panels, found.class_names, config.thumbnails, text))
     for row in told:
         print(f"{row['type']}  {row['path']}", *lines(row["scores"]), sep="\n  ")
+    for note in found.notes:
+        print(f"NOTE: {note}")
     print(f"picture     {output}\npoints      {table}\nscores      {scores_file}")
     return 0
 

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
 from records import SearchPaths, Trial
 from space import DEFAULTS
 
@@ -21,6 +22,7 @@ from ldm_ray.config import BETA_SCHEDULES, canonical
 from ldm_ray.diffusion.schedule import NoiseSchedule
 
 BEST = 5
+FEW, TICKS = 6, 5  # values up to which each has a place of its own, and ticks of an axis of more
 SHAPES = dict(zip(BETA_SCHEDULES, "o^s", strict=True))
 COLOURS = "viridis_r"
 DPI = 110
@@ -73,6 +75,8 @@ def objective(trials: Sequence[Trial], floor: float) -> Any:
     )
     for panel, name in zip(panels.flat, names, strict=False):
         shown = [trial for trial in trials if name in canonical(trial.settings)]
+        values = [trial.settings.get(name, getattr(DEFAULTS, name)) for trial in shown]
+        place, ticks = scale_of(panel, values)
         for shape, marker in SHAPES.items():
             for whole in (True, False):
                 part = [
@@ -83,19 +87,14 @@ def objective(trials: Sequence[Trial], floor: float) -> Any:
                 ]
                 colour = f"C{list(SHAPES).index(shape)}"
                 panel.scatter(
-                    [trial.settings.get(name, getattr(DEFAULTS, name)) for trial in part],
+                    [place(trial.settings.get(name, getattr(DEFAULTS, name))) for trial in part],
                     [score(trial) for trial in part],
                     marker=marker,
                     facecolors=colour if whole else "none",
                     edgecolors=colour,
-                    label=shape if whole else None,
                 )
-        if shown and all(trial.settings.get(name, 1) > 0 for trial in shown):
-            panel.set_xscale("log")
-            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-            panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value < 0.01 else f"{value:g}")
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.tick_params(axis="x", labelsize=8, rotation=30)
+        panel.set_xticks([place(value) for value in ticks], [f"{value:g}" for value in ticks])
+        panel.margins(x=0.1)
         panel.axhline(floor, color="grey", linestyle=":", linewidth=1)
         panel.set_yscale("log")
         panel.set_xlabel(name)
@@ -103,13 +102,52 @@ def objective(trials: Sequence[Trial], floor: float) -> Any:
         panel.set_visible(False)
     for row in panels:
         row[0].set_ylabel("class-wise Fréchet distance")
-    panels[0][0].legend(fontsize=8, title="filled: all epochs; dotted: real latents", title_fontsize=7)
+    used = {trial.settings.get("beta_schedule", DEFAULTS.beta_schedule) for trial in trials}
+    handles = [
+        Line2D([], [], color=f"C{i}", marker=marker, linestyle="", label=shape)
+        for i, (shape, marker) in enumerate(SHAPES.items())
+        if shape in used
+    ]
+    handles += [
+        Line2D([], [], color="grey", marker="o", linestyle="", label="all epochs"),
+        Line2D([], [], color="grey", marker="o", linestyle="", fillstyle="none", label="stopped early"),
+        Line2D([], [], color="grey", linestyle=":", label="real latents"),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2 if columns == 1 else 6, fontsize=8, frameon=False)
     return figure
+
+
+def scale_of(panel: Axes, values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
+    """(value → place, the values that get a tick) of a panel's first axis, which becomes logarithmic where that suits.
+
+    A few values have a place each, evenly; a few apart are told of many.
+    """
+    known = sorted(set(values))
+    if len(known) <= FEW:
+        return lambda value: float(known.index(value)), known
+    if known[0] > 0:
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_locator(NullLocator())
+    return float, ticks_of(known)
+
+
+def ticks_of(values: Sequence[float]) -> list[float]:
+    """Round numbers from about the least of the values to about the greatest, evenly apart by the logarithm where all
+    are positive, no two of them the same."""
+    low, high = min(values), max(values)
+    evenly = np.geomspace(low, high, TICKS) if low > 0 else np.linspace(low, high, TICKS)
+    for digits in range(1, 16):
+        ticks = [float(f"{value:.{digits}g}") for value in evenly]
+        if len(set(ticks)) == TICKS and all(
+            abs(t - v) <= 0.15 * (high - low) for t, v in zip(ticks, evenly, strict=True)
+        ):
+            return ticks
+    return [low, high] if high > low else [low]
 
 
 def schedules(best: Sequence[Trial], num_train_timesteps: int) -> Any:
     """ᾱ and half the log SNR over time, of the best trials and of the default."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), layout="constrained")
     lines = [
         (f"trial {trial.number}: {score(trial):.3f}", schedule_of(trial.settings, num_train_timesteps))
         for trial in best
@@ -124,7 +162,7 @@ def schedules(best: Sequence[Trial], num_train_timesteps: int) -> Any:
     right.set_ylabel("½ log SNR")
     for panel in (left, right):
         panel.set_xlabel("timestep")
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
@@ -161,7 +199,8 @@ def parallel(trials: Sequence[Trial]) -> Any:
                 textcoords="offset points",
                 fontsize=8,
                 va="center",
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 0.5},
+                zorder=5,
             )
     panel.set_xticks(range(len(axes)), [*names, "objective"])
     panel.set_yticks([])
@@ -177,35 +216,41 @@ def bridged(heights: list[float]) -> list[float]:
 
 
 def axis_of(values: list[Any]) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
-    """(value → height in 0..1, [(height, tick)]): categories evenly, positive numbers by their logarithm."""
-    if isinstance(values[0], str):
-        known = sorted(set(values))
+    """(value → height in 0..1, [(height, tick)]): a few values evenly, more of positive numbers by their logarithm."""
+    known = sorted(set(values))
+    if isinstance(values[0], str) or 1 < len(known) <= FEW:
         places = {value: i / max(1, len(known) - 1) for i, value in enumerate(known)}
-        return places.__getitem__, [(height, value) for value, height in places.items()]
+        return places.__getitem__, [
+            (h, value if isinstance(value, str) else f"{value:.4g}") for value, h in places.items()
+        ]
     scale: Callable[[float], float] = np.log if min(values) > 0 else float  # type: ignore[assignment]
     low, high = scale(min(values)), scale(max(values))
 
     def place(value: float) -> float:
         return float((scale(value) - low) / (high - low)) if high > low else 0.5
 
-    return place, [(place(value), f"{value:.3g}") for value in sorted({min(values), max(values)})]
+    inside = [tick for tick in ticks_of(values) if min(values) < tick < max(values)]
+    apart = [tick for tick in inside if 0.1 < place(tick) < 0.9]  # from the ends, which are told exactly
+    return place, [(place(value), f"{value:.3g}") for value in sorted({min(values), max(values), *apart})]
 
 
 def curves(trials: Sequence[Trial], floor: float) -> Any:
     """The objective and the validation loss after each epoch; the validation losses of schedules do not compare."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), layout="constrained")
     for rank, trial in reversed(list(enumerate(trials))):
         style: dict[str, Any] = {"color": "lightgrey", "linewidth": 0.9}
         if rank < BEST:
             style = {"color": f"C{rank}", "linewidth": 2, "label": f"trial {trial.number}: {score(trial):.3f}"}
         line(left, trial, "objective", style)
         line(right, trial, "val_loss", style)
-    left.axhline(floor, color="grey", linestyle=":", linewidth=1)
+    left.axhline(floor, color="grey", linestyle=":", linewidth=1, label="real latents")
     left.set_yscale("log")
     left.set_ylabel("class-wise Fréchet distance")
     right.set_ylabel("validation loss (each of its own schedule)")
     handles, labels = left.get_legend_handles_labels()
-    left.legend(handles[::-1], labels[::-1], fontsize=8)
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8, frameon=False)
+    for panel in (left, right):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

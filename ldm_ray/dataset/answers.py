@@ -20,6 +20,7 @@ import torch
 
 from ldm_ray.checkpoint import DiffusionCheckpoint
 from ldm_ray.classes import class_of, numbered, told
+from ldm_ray.cli import check_place
 from ldm_ray.config import MAX_SEED, SamplingConfig
 from ldm_ray.data.images import encode_pngs
 from ldm_ray.dataset.config import GenerateConfig
@@ -29,6 +30,8 @@ from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import DEFAULT, Generator
 from ldm_ray.paths import replaced
+from ldm_ray.progress import Progress
+from ldm_ray.words import counted
 
 SAMPLING = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale", "guidance_start")
 FIELDS = {"class_label", "prompt", "n", "seed", "seeds", "model", "response_format", *SAMPLING}
@@ -59,14 +62,17 @@ class Wish:
 
 
 def answer_file(source: Path, output: Path, model: DiffusionCheckpoint, config: GenerateConfig) -> int:
-    """Writes ``output`` and, where there are any, its errors; both appear when all are answered. Returns 0."""
+    """Writes ``output`` and, where there are any, its errors; both appear when all are answered. Returns 1 where
+    one was refused, else 0."""
     errors = output.with_name(f"{output.stem}.errors{output.suffix or '.jsonl'}")
     if os.path.realpath(source) in map(os.path.realpath, (output, errors)) or output.is_dir():
         raise ConfigError(f"--output {output} is to be another file than --requests {source}")
+    check_place(output)
     generator = Generator.of(model, pick_device(config.device))
     most = config.batch_size or BATCH[generator.device.type]
     answered = refused = images = 0
-    with source.open("rb") as lines, replaced(output) as good, replaced(errors) as bad:
+    shown = Progress("answering requests")
+    with source.open("rb") as lines, replaced(output) as good, replaced(errors) as bad, shown:
         for batch in batches(read(lines, generator, model, config.sampling), most):
             answer(batch, generator)
             for wish in batch:
@@ -81,10 +87,10 @@ def answer_file(source: Path, output: Path, model: DiffusionCheckpoint, config: 
                     write(bad, wish, None, told | {"line": wish.line})
     if not refused:
         errors.unlink()
-    print(f"{answered:,} requests answered with {images:,} images in {output}")
+    print(f"{counted(answered, 'request')} answered with {counted(images, 'image')} in {output}")
     if refused:
-        print(f"{refused:,} refused, each with its reason in {errors}")
-    return 0
+        print(f"{refused:,} of {counted(answered + refused, 'request')} refused, each with its reason in {errors}")
+    return 1 if refused else 0
 
 
 def write(stream: IO[bytes], wish: Wish, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:

@@ -16,6 +16,7 @@ from ldm_ray.dataset.formats import encode
 from ldm_ray.dataset.request import Request
 from ldm_ray.dataset.shards import Job, Record
 from ldm_ray.store import Store
+from ldm_ray.words import counted
 
 MEASURED = {"cpu": 512, "mps": 512, "cuda": 16_384}
 
@@ -47,14 +48,15 @@ def estimate(
     workers = max(1, min(config.num_workers or most, most, request.num_shards - len(records)))
     sampling = request.sampling
     lines = {
-        "would make": f"{request.count:,} images in {request.num_shards:,} shards of up to {request.shard_size:,}, "
+        "would make": f"{counted(request.count, 'image')} in {counted(request.num_shards, 'shard')} "
+        f"of up to {request.shard_size:,}, "
         f"as {request.format}, in {store}",
-        "there": f"{there:,} images" if records else "nothing yet",
+        "there": counted(there, "image") if records else "nothing yet",
         "labels": request.labels.rule,
         "sampler": f"{sampling.sampler}, {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}",
         "size": f"about {request.count * size / len(shard) / 1e6:,.1f} MB, {size / len(shard):,.0f} bytes per image",
         "time": f"about {left * each / workers:,.0f} s and the start of Ray, at {1 / each:,.0f} images/s "
-        f"on each of {workers} workers ({device}, measured on {len(shard)} images)",
+        f"on each of {counted(workers, 'worker')} ({device}, measured on {counted(len(shard), 'image')})",
         "request": request.fingerprint,
     }
     return "\n".join(f"{name:<12} {text}" for name, text in lines.items())

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ldm_ray.classes import class_of, numbered
 from ldm_ray.config import MAX_SEED
 from ldm_ray.diffusion.noise import LOW, philox
 from ldm_ray.errors import ConfigError
@@ -42,7 +43,7 @@ class Seeds:
         """``0-999999,5,7``. ConfigError on anything else."""
         ranges = []
         for part in text.split(","):
-            match = re.fullmatch(r"\s*(\d{1,20})(?:-(\d{1,20}))?\s*", part)
+            match = re.fullmatch(r"\s*(\d{1,20})(?:\s*-\s*(\d{1,20}))?\s*", part, re.ASCII)
             if not match:
                 raise ConfigError(f"--seeds takes numbers and ranges such as 0-999999,5,7; {part!r:.60} is neither")
             first, last = int(match[1]), int(match[2] or match[1])
@@ -135,11 +136,16 @@ def parse_cycle(text: str, num_classes: int, names: Sequence[str] = ()) -> tuple
         if part.strip() in names:
             cycle.append(list(names).index(part.strip()))
             continue
-        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part, re.ASCII)
         if not match:
-            raise ConfigError(
-                f"--labels is balanced, random, digits such as 7 or 0-4,9, or file:PATH, not {text!r:.60}"
-            )
+            try:
+                cycle.append(class_of(part, names or numbered(num_classes)))
+            except ConfigError as error:
+                raise ConfigError(
+                    f"--labels {text:.60}: {error}; allowed are balanced, random, classes such as 7 or 0-4,9, and "
+                    "file:PATH"
+                ) from None
+            continue
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < num_classes:
             raise ConfigError(f"--labels {part.strip()}: a range rises, and a label is 0 to {num_classes - 1}")

@@ -21,6 +21,7 @@ from ldm_ray.devices import pick_device
 from ldm_ray.errors import ConfigError, DataError
 from ldm_ray.generator import Generator, fingerprint_of, load
 from ldm_ray.paths import to_path
+from ldm_ray.progress import Progress
 from ldm_ray.store import Store
 
 SHOWN = 10
@@ -37,13 +38,15 @@ def verify_dataset(folder: str, config: VerifyConfig) -> int:
     picked = pick(request, config)
     generator = open_generator(request, manifest, config) if picked else None
     records, wrong, compared = {}, [], 0
-    for number in range(request.num_shards):
-        found = check_shard(store, request, number, picked.get(number, []), generator)
-        if isinstance(found, str):
-            wrong.append(found)
-        else:
-            records[number] = found
-            compared += len(picked.get(number, []))
+    with Progress("checking shards", request.num_shards) as progress:
+        for number in range(request.num_shards):
+            found = check_shard(store, request, number, picked.get(number, []), generator)
+            progress.advance()
+            if isinstance(found, str):
+                wrong.append(found)
+            else:
+                records[number] = found
+                compared += len(picked.get(number, []))
     if not wrong and SUMS in store.sizes() and store.read(SUMS).decode() != sums(records):
         wrong.append(f"{SUMS} is not that of the shards")
     for line in wrong[:SHOWN]:

@@ -48,6 +48,7 @@ def connected() -> Iterator[None]:
         if address == "local":  # what clouds do to nodes is watched by a process that this machine need not run
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             check_temporary()
+            log.info("starting Ray on this machine")
         try:
             with silent_stderr():  # its C++ announces the log level set above
                 ray.init(

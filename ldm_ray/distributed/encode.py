@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 
 import numpy as np
@@ -23,6 +22,7 @@ from ldm_ray.distributed.gpus import CPU, Share, check_worker
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.paths import AnyPath
+from ldm_ray.progress import Progress
 from ldm_ray.runs import examples_dir
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def encode(
     if is_complete(folder):
         log.info("%s of %s images: reused from %s", what, f"{len(source):,}", folder)
         return folder
+    outdir.mkdir(parents=True, exist_ok=True)
     check_shared(outdir)
     count = min(workers or share.room(), max(1, -(-len(source) // BLOCK_ROWS)))
     started = time.perf_counter()
@@ -90,8 +91,6 @@ def run(
 ) -> pa.Table:
     """The Ray Data job of up to so many workers; the result comes back in the order of the
     images, whatever the workers' order was."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     codec = None
     if autoencoder:
         codec = autoencoder.codec.with_statistics(LatentStatistics.identity(autoencoder.codec.latent_dim)).cpu()
@@ -106,14 +105,12 @@ def run(
         **share.options(),
     )
     parts: list[pa.Table] = []
-    columns = TextColumn(f"encoding {what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
-            shown = progress.add_task("", total=len(source))
+        with Progress(f"encoding {what}", len(source)) as progress:
             for part in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
                 assert isinstance(part, pa.Table)
                 parts.append(part)
-                progress.advance(shown, part.num_rows)
+                progress.advance(part.num_rows)
     except RayError as error:
         raise cause_of(error) from None
     table = pa.concat_tables(parts).sort_by("index").combine_chunks()

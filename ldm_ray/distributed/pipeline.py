@@ -81,7 +81,7 @@ def _train(config: TrainConfig, base: AnyPath, held: ExitStack) -> Outcome:
             # A resumed run keeps the statistics it began with
             found = latents.whitened if content is None and config.whiten else latents.autoencoder
         cache = cache_dir(config.cache_dir)
-        test = load_source(config.dataset, "test", cache, config.only_digit) if config.evaluate_every else None
+        test = load_source(source.name, "test", cache, config.only_digit) if config.evaluate_every else None
         return _fit(config, source, folder, base, held, paths, content, found, test)
 
 

@@ -16,8 +16,10 @@ from ray.train import Checkpoint, ValidationConfig
 
 from ldm_ray import checkpoint
 from ldm_ray.config import RunConfig, TrainConfig
+from ldm_ray.data.recorded import warn
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.metrics.evaluation import figures_of
+from ldm_ray.metrics.lenet import is_mnist, others_note
 from ldm_ray.paths import AnyPath, append_line, to_path
 from ldm_ray.runs import RunPaths
 
@@ -32,8 +34,10 @@ def validation_of(config: RunConfig, paths: RunPaths, test: ImageSource | None) 
     if test is None:
         return None
     assert isinstance(config, TrainConfig)
-    images = ray.put(test.decode()[0].numpy())
-    fn = functools.partial(measure, images=images, paths=paths, samples=config.evaluate_samples)
+    images, labels = test.decode()
+    if not is_mnist(images, labels):
+        warn([others_note(test.name)])
+    fn = functools.partial(measure, images=ray.put(images.numpy()), paths=paths, samples=config.evaluate_samples)
     # Without a core of its own: the workers have them all, and its thread takes what they leave
     return ValidationConfig(fn, ray_remote_kwargs={"num_cpus": 0})
 

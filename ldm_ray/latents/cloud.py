@@ -16,7 +16,8 @@ from ldm_ray import runs
 from ldm_ray.checkpoint import AutoencoderCheckpoint, DiffusionCheckpoint, load_autoencoder, load_diffusion
 from ldm_ray.classes import numbered, told
 from ldm_ray.config import MAX_SEED, cache_dir, outdir
-from ldm_ray.data.sources import ImageSource, load_source
+from ldm_ray.data.recorded import load_own
+from ldm_ray.data.sources import ImageSource
 from ldm_ray.devices import pick_device
 from ldm_ray.errors import ConfigError
 from ldm_ray.generator import Generator, load
@@ -56,6 +57,7 @@ class Clouds:
     class_names: tuple[str, ...]
     source: ImageSource
     denoiser: DiffusionCheckpoint | None
+    notes: list[str]  # on the images
 
 
 def gather(config: TsneConfig) -> Clouds:
@@ -64,7 +66,8 @@ def gather(config: TsneConfig) -> Clouds:
     given = [to_path(path) for path in config.ae_ckpt or ()]
     denoiser = denoiser_of(config, given, base)
     autoencoders = [load_autoencoder(path) for path in given] or [default_autoencoder(denoiser, base)]
-    source = load_source(config.dataset, "test", cache_dir(config.cache_dir))
+    first = denoiser or autoencoders[0]
+    (_, source), notes = load_own(first.info, first.path, config.dataset, cache_dir(config.cache_dir))
     for found in autoencoders:
         if source.image_size != found.codec.image_size:
             raise ConfigError(
@@ -86,7 +89,9 @@ def gather(config: TsneConfig) -> Clouds:
             own = sampled if denoiser.autoencoder_sha256 == found.sha256 else None
             latents.append(encode(codec, made.images) if own is None else own)
         clouds.append(Cloud(autoencoder=found, latents=torch.cat(latents)))
-    return Clouds(test=test, made=made, clouds=clouds, class_names=class_names, source=source, denoiser=denoiser)
+    return Clouds(
+        test=test, made=made, clouds=clouds, class_names=class_names, source=source, denoiser=denoiser, notes=notes
+    )
 
 
 def same_classes(made: Sequence[str], real: Sequence[str]) -> bool:

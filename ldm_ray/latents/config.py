@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm_ray.config import CACHE_HELP, DATASET_HELP, MAX_SEED, SamplingConfig, listed
+from ldm_ray.config import CACHE_HELP, DATASET_HELP, MAX_SEED, SamplingConfig, seeds_in
 from ldm_ray.latents.paths import METHODS
 from ldm_ray.options import option
 
@@ -27,7 +27,7 @@ class ExploreConfig(SamplingConfig):
     )
     outdir: str | None = option(None, "where to look for checkpoints [$SCRATCH, else ./outputs]", kind=str)
     output: str = option("explore.png", "the picture to write")
-    seeds: str = option("42", "image seeds, with commas between")
+    seeds: str = option("42", "image seeds, with commas between, and ranges such as 0-4")
     digits: str | None = option(
         None,
         "one for each seed in turn: classes by number or name with commas between, or none: unconditional "
@@ -46,7 +46,7 @@ class ExploreConfig(SamplingConfig):
         self.image_seeds()
 
     def image_seeds(self) -> list[int]:
-        return [int(value) for value in listed("--seeds", self.seeds, r"\d{1,10}", MAX_SEED)]
+        return seeds_in(self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,9 @@ class TsneConfig(SamplingConfig):
         None, "autoencoder checkpoint, or two side by side [that of --ckpt, else the newest found]", kind=str, many=2
     )
     ckpt: str | None = option(None, "denoiser checkpoint: also show images that it makes", kind=str)
-    dataset: str = option("auto", "whose test images: " + DATASET_HELP)
+    dataset: str | None = option(
+        None, f"whose test images [those of the checkpoint's own dataset]: {DATASET_HELP}", kind=str
+    )
     cache_dir: str | None = option(None, CACHE_HELP, kind=str)
     outdir: str | None = option(None, "where to look for autoencoders [$SCRATCH, else ./outputs]", kind=str)
     output: str = option("tsne.png", "the picture to write; .csv and .json of the same name go beside it")

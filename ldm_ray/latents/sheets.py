@@ -44,9 +44,10 @@ def along(generator: Generator, end: End, columns: int, span: float, rows: int, 
 
 def over_plane(
     generator: Generator, first_seed: int, labels: Sequence[int | None], columns: int, sampling: SamplingConfig
-) -> Tensor:
-    """(S, S, D): a grid over the plane that tells these classes apart, where most of their latents are; the first
-    axis to the right, the second upwards. ConfigError: latents of one number."""
+) -> tuple[Tensor, list[float], list[float]]:
+    """((S, S, D), the S places of the columns and of the rows): a grid over the plane that tells these classes apart,
+    where most of their latents are; the first axis to the right, the second upwards. ConfigError: latents of one
+    number."""
     if generator.codec.latent_dim < 2:
         raise ConfigError("a plane needs latents of at least 2 numbers")
     if first_seed + PLANE_POINTS - 1 > MAX_SEED:
@@ -56,4 +57,5 @@ def over_plane(
     origin, axes = plane(latents, each)
     low, high = np.quantile((latents - origin) @ axes.T, INNER, axis=0)
     right, up = np.linspace(low, high, columns).T
-    return torch.from_numpy(origin + up[::-1, None, None] * axes[1] + right[None, :, None] * axes[0]).float()
+    made = torch.from_numpy(origin + up[::-1, None, None] * axes[1] + right[None, :, None] * axes[0]).float()
+    return made, right.tolist(), up[::-1].tolist()

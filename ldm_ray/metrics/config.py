@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ldm_ray.config import CACHE_HELP, DATASET_HELP, GUIDANCE_SCALE, MAX_SEED, SamplerConfig, SamplingConfig, listed
+from ldm_ray.config import (
+    CACHE_HELP,
+    DATASET_HELP,
+    GUIDANCE_SCALE,
+    MAX_SEED,
+    SamplerConfig,
+    SamplingConfig,
+    listed,
+    seeds_in,
+)
 from ldm_ray.errors import ConfigError
 from ldm_ray.options import Config, option
 
@@ -18,7 +27,9 @@ class EvaluateConfig(SamplerConfig):
     ae_ckpt: str | None = option(
         None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
     )
-    dataset: str = option("auto", "real images to compare with: " + DATASET_HELP)
+    dataset: str | None = option(
+        None, f"real images to compare with [those it was trained on]: {DATASET_HELP}", kind=str
+    )
     cache_dir: str | None = option(None, CACHE_HELP, kind=str)
     outdir: str | None = option(
         None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]", kind=str
@@ -30,7 +41,7 @@ class EvaluateConfig(SamplerConfig):
         f"{GUIDANCE_SCALE:g}", "classifier-free guidance, 1 = off; several (1,1.5,2) are measured in turn"
     )
     device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
-    baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (a minute or two)")
+    baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (a minute)")
     ddpm_floor: bool = option(False, "also measure DDPM with every timestep of the same weights (slow)")
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
@@ -42,7 +53,7 @@ class EvaluateConfig(SamplerConfig):
             raise ConfigError(f"--seeds {self.seeds} with --samples {self.samples} goes beyond image seed {MAX_SEED}")
 
     def sampling_seeds(self) -> list[int]:
-        return [int(value) for value in listed("--seeds", self.seeds, r"\d{1,10}", MAX_SEED)]
+        return seeds_in(self.seeds)
 
     def scales(self) -> list[float]:
         return listed("--guidance-scale", self.guidance_scale, r"\d{1,3}(\.\d{1,6})?", 20)
@@ -55,7 +66,9 @@ class CompareConfig(SamplingConfig):
     ckpt: tuple[str, ...] | None = option(
         None, "denoiser checkpoints, in latents or in pixels [the newest of each]", kind=str, many=8
     )
-    dataset: str = option("auto", "real images to compare with: " + DATASET_HELP)
+    dataset: str | None = option(
+        None, f"real images to compare with [those they were trained on]: {DATASET_HELP}", kind=str
+    )
     cache_dir: str | None = option(None, CACHE_HELP, kind=str)
     outdir: str | None = option(
         None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]", kind=str

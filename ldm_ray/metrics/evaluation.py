@@ -6,51 +6,58 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_ray.config import SamplingConfig, cache_dir, outdir
+from ldm_ray.config import SamplingConfig, outdir
 from ldm_ray.data.examples import fingerprint
-from ldm_ray.data.sources import ImageSource, load_source
+from ldm_ray.data.recorded import warn
+from ldm_ray.data.sources import ImageSource
 from ldm_ray.errors import DataError
-from ldm_ray.generator import Generator
+from ldm_ray.generator import DEFAULT, Generator
 from ldm_ray.metrics.config import EvaluateConfig
 from ldm_ray.metrics.floors import autoencoder_hash, floors
-from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers
+from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers, is_mnist, others_note
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import Codec
 from ldm_ray.paths import AnyPath, write_bytes
+from ldm_ray.progress import Progress
 from ldm_ray.runs import floors_file
 
-FLOORS_VERSION = 1  # one more whenever the floors or the figures are defined anew
-BATCH = 2048  # images between two looks at the clock
-EVERY_S = 5.0
+FLOORS_VERSION = 2  # one more whenever the floors or the figures are defined anew
+BATCH = 2048  # images at a time
 FULL_DDPM = SamplingConfig(sampler="ddpm")  # every timestep, as published
 log = logging.getLogger(__name__)
 
 
-def evaluate(config: EvaluateConfig, generator: Generator, only_digit: int | None) -> tuple[dict[str, Any], np.ndarray]:
-    """(what goes into metrics.json, the picture (H, W, 3) uint8). only_digit: the one the checkpoint was trained on."""
+def evaluate(
+    config: EvaluateConfig, generator: Generator, sources: list[ImageSource]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """(what goes into metrics.json, the picture (H, W, 3) uint8). sources: the training and the test images to compare
+    with, of the one class that the checkpoint was trained on, if it was. DataError: other than ten classes."""
     from ldm_ray.metrics.report import picture
 
     device = generator.device if generator.device.type == "cuda" else "cpu"  # float64 is not there on mps
-    classifiers = Classifiers.shipped(device)
-    sources = [load_source(config.dataset, s, cache_dir(config.cache_dir), only_digit) for s in ("train", "test")]
-    log.info("reading %s: %d training and %d test images", sources[0].name, len(sources[0]), len(sources[1]))
-    train, test = (source.decode() for source in sources)
+    classifiers, only_digit = Classifiers.shipped(device), sources[0].only_digit
     for what, count in (("the checkpoint", generator.num_classes), *((s.name, s.num_classes) for s in sources)):
         if count > NUM_CLASSES or (count < NUM_CLASSES and what == "the checkpoint"):
             raise DataError(f"evaluate measures with classifiers of {NUM_CLASSES} digits; {what} has {count} classes")
-    reference = Reference.of(test[0], train[0], classifiers)
+    with Progress(f"reading {sources[0].name}: {len(sources[0]):,} training and {len(sources[1]):,} test images"):
+        train, test = (source.decode() for source in sources)
+    notes = [] if is_mnist(*test) else [others_note(sources[1].name)]
+    warn(notes)
+    with Progress("measuring the real images"):
+        reference = Reference.of(test[0], train[0], classifiers)
 
     def measure_floors(codec: Codec) -> dict[str, dict[str, Any]]:
         return floors(codec, train, test, reference, config.samples, config.baselines)
 
-    found: dict[str, Any] = {"floors": kept_floors(config, generator.codec, sources, measure_floors), "samples": []}
+    kept = kept_floors(config, generator.codec, sources, measure_floors)
+    found: dict[str, Any] = {"floors": kept, "samples": [], "notes": notes}
     sampler = Sampler(config, generator, reference, only_digit)
     for scale in config.scales():
         found["samples"].append(sampler.row(config.sampling_at(scale)))
@@ -68,11 +75,17 @@ def figures_of(ckpt: AnyPath, test: Tensor, samples: int) -> dict[str, Any]:
     generator, args = Generator.open(ckpt, torch.device("cpu"))
     digit = args.get("only_digit")
     labels = generator.in_turn(samples, digit)
-    made = torch.cat(
-        [generator(range(start, min(samples, start + BATCH)), labels[start : start + BATCH])
-         for start in range(0, samples, BATCH)]
-    )  # fmt: skip
+    made = make(generator, range(samples), labels, DEFAULT, f"measuring {ckpt}")
     return quality(made, torch.tensor(labels), Reference.of(test), memorisation=False)
+
+
+def make(
+    generator: Generator, seeds: Sequence[int], labels: Sequence[int], sampling: SamplingConfig, what: str
+) -> Tensor:
+    """Images (N, 1, H, W) uint8 of many seeds, a batch at a time."""
+    with generator.progress(what, len(seeds), sampling) as progress:
+        parts = [slice(first, first + BATCH) for first in range(0, len(seeds), BATCH)]
+        return torch.cat([generator(seeds[part], labels[part], sampling, progress.watch) for part in parts])
 
 
 class Sampler:
@@ -94,20 +107,14 @@ class Sampler:
         return sampling.to_dict() | {"mean": over_runs(figures, mean), "sd": over_runs(figures, sd), "runs": runs}
 
     def run(self, seed: int, sampling: SamplingConfig) -> dict[str, Any]:
-        count, images, began = self.config.samples, [], time.perf_counter()
-        said = began
-        for start in range(0, count, BATCH):
-            stop = min(count, start + BATCH)
-            seeds = range(seed * count + start, seed * count + stop)
-            images.append(self.generator(seeds, self.labels[start:stop], sampling))
-            if time.perf_counter() - said > EVERY_S or stop == count:
-                said = time.perf_counter()
-                log.info("sampling seed %d, %s: %d/%d images, %.0f/s", seed, told(sampling), stop, count,
-                         stop / (said - began))  # fmt: skip
-        made, labels = torch.cat(images), torch.tensor(self.labels)
+        count, began = self.config.samples, time.perf_counter()
+        seeds = range(seed * count, (seed + 1) * count)
+        made = make(self.generator, seeds, self.labels, sampling, f"sampling seed {seed}, {told(sampling)}")
+        seconds, labels = time.perf_counter() - began, torch.tensor(self.labels)
         self.first = self.first or (made, labels)
-        seconds = time.perf_counter() - began
-        found = quality(made, labels, self.reference)
+        log.info("sampling seed %d, %s: %d images, %.0f/s", seed, told(sampling), count, count / seconds)
+        with Progress(f"sampling seed {seed}: measuring {count:,} images"):
+            found = quality(made, labels, self.reference)
         log.info("sampling seed %d, %s: FD-LeNet %.2f", seed, told(sampling), found["fd_lenet"])
         return {"seed": seed, "images_per_second": count / seconds} | found
 

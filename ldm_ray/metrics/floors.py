@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +14,16 @@ import torch
 from torch import Tensor
 
 from ldm_ray.data.images import to_float, to_uint8
+from ldm_ray.metrics import mixture
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import Codec, LatentCodec, LatentStatistics
+from ldm_ray.progress import Progress
 
 SEED = 0  # of the choice of training images and of the mixtures, so that floors are the same everywhere
 BATCH = 1000
 COMPONENTS = (1, 10, 100)
 ROWS_PER_COMPONENT = 20  # with fewer latents than that the mixture is left out
+MOST_NUMBERS = 64  # of a latent; full covariances of more take too long to fit
 FLOOR_A, FLOOR_C = "train", "train_decoded"
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ def floors(
     - ``test_decoded`` (b): decode(encode(random test images));
     - ``train_decoded`` (c): decode(encode(the images of (a))): the best any prior over these latents can do;
     - with baselines, ``gaussian``, ``gmm_10``, ``gmm_100`` (d): decoded samples of Gaussian mixtures with full
-      covariances, fitted to the latents of all training images. They know no labels, so have no accuracy.
+      covariances, fitted to the latents of all training images. They know no labels, so have no accuracy. Those of
+      more than 64 numbers are left out.
 
     Pixel space has (a) alone: it decodes what it encodes, and 784 numbers are too many for a mixture.
 
@@ -52,11 +55,14 @@ def floors(
     if isinstance(codec, LatentCodec):
         sets.append(("test_decoded", reconstruct(codec, tested), test_labels))
         sets.append((FLOOR_C, reconstruct(codec, some), labels))
-        if baselines:
+        if baselines and codec.latent_dim <= MOST_NUMBERS:
             sets += mixtures(codec, train[0], count)
+        elif baselines:
+            log.info("no Gaussians are fitted to latents of %d numbers: at most %d", codec.latent_dim, MOST_NUMBERS)
     found = {}
     for name, images, asked in sets:
-        found[name] = quality(images, asked, reference)
+        with Progress(f"floor {name}: measuring {len(images):,} images"):
+            found[name] = quality(images, asked, reference)
         log.info("floor %s: FD-LeNet %.2f", name, found[name]["fd_lenet"])
     return found
 
@@ -75,36 +81,38 @@ def reconstruct(codec: Codec, images: Tensor) -> Tensor:
 
 def encode(codec: Codec, images: Tensor) -> Tensor:
     """(N, 1, 28, 28) uint8 → (N, D) on the CPU."""
-    return torch.cat([codec.encode(to_float(part.to(codec.mean.device))).cpu() for part in images.split(BATCH)])
+    parts = []
+    with Progress("encoding images", len(images)) as progress:
+        for part in images.split(BATCH):
+            parts.append(codec.encode(to_float(part.to(codec.mean.device))).cpu())
+            progress.advance(len(part))
+    return torch.cat(parts)
 
 
 def decode(codec: Codec, latents: Tensor) -> Tensor:
     """(N, D) → (N, 1, 28, 28) uint8 on the CPU."""
-    return torch.cat([to_uint8(codec.decode(part.to(codec.mean.device))).cpu() for part in latents.split(BATCH)])
+    parts = []
+    with Progress("decoding latents", len(latents)) as progress:
+        for part in latents.split(BATCH):
+            parts.append(to_uint8(codec.decode(part.to(codec.mean.device))).cpu())
+            progress.advance(len(part))
+    return torch.cat(parts)
 
 
 def mixtures(codec: LatentCodec, train: Tensor, count: int) -> Iterator[tuple[str, Tensor, None]]:
     """(name, decoded images (count, 1, 28, 28) uint8, None) of one Gaussian and of each mixture, fitted by EM."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     device = codec.mean.device
     raw = encode(codec.with_statistics(LatentStatistics.identity(codec.latent_dim)).to(device), train)
     codec = codec.with_statistics(LatentStatistics.of(raw)).to(device)  # whatever the checkpoint whitened with
-    latents = codec.cpu().whiten(raw).double().numpy()
-    codec.to(device)
+    latents = codec.whiten(raw.to(device))
     for components in COMPONENTS:
         if len(latents) < components * ROWS_PER_COMPONENT:
             continue
-        mixture = GaussianMixture(components, init_params="k-means++", max_iter=200, random_state=SEED)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            drawn, _ = mixture.fit(latents).sample(count)
-        yield (
-            "gaussian" if components == 1 else f"gmm_{components}",
-            decode(codec, torch.from_numpy(drawn).float()),
-            None,
-        )
+        title = "one Gaussian" if components == 1 else f"{components} Gaussians"
+        with Progress(f"fitting {title}, steps at most", mixture.MOST_STEPS) as progress:
+            fitted = mixture.fit(latents, components, SEED, progress.advance)
+        name = "gaussian" if components == 1 else f"gmm_{components}"
+        yield name, decode(codec, fitted.sample(count, SEED)), None
 
 
 def autoencoder_hash(codec: Codec) -> str:

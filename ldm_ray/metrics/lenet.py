@@ -29,6 +29,10 @@ SHA256 = {
     "lenet": "7a7bf063b2286e8c2399bd4aa1c9b34e9db7bea4e836257a7301b8e2539b3dc9",
     "residual": "5e1a2871472762d7ffc709de9fa12c3a528b8de4069eef4070aa1a22b22691e2",
 }
+MNIST_TEST = (  # of each digit's test images: the start of the SHA-256 over their sorted SHA-256 sums
+    *("f63d3568995b49b7", "177240202c2b617c", "b6643c57e9d48b6e", "f8b58969c1a968bd", "812e93ac70161a70"),
+    *("f3077a2ba153fff4", "45ceeb7039194f58", "7809239fcb9ed884", "1f1a9cbb80307ce3", "147dcf089c718562"),
+)
 
 
 class LeNet5(nn.Module):
@@ -108,6 +112,24 @@ def check_images(images: Tensor) -> None:
             f"images of {images.dtype} {tuple(images.shape)} cannot be measured; "
             f"needed are uint8 (N, 1, {SIZE}, {SIZE}), at least one"
         )
+
+
+def is_mnist(images: Tensor, labels: Tensor) -> bool:
+    """Whether test images (N, 1, H, W) uint8 with labels (N,) int64 are MNIST's, which the shipped networks are for:
+    all of each digit that is there, in any order."""
+    for digit in labels.unique().tolist():
+        sums = sorted(hashlib.sha256(image.numpy().tobytes()).digest() for image in images[labels == digit])
+        if digit >= NUM_CLASSES or hashlib.sha256(b"".join(sums)).hexdigest()[:16] != MNIST_TEST[digit]:
+            return False
+    return True
+
+
+def others_note(name: str) -> str:
+    """What a reader of figures of other images than MNIST's must know. name: the dataset's."""
+    return (
+        f"the classifiers behind the figures were trained on MNIST, and {name} holds other images: compare these "
+        "figures with each other alone"
+    )
 
 
 def weights_file(name: str, folder: Path = FOLDER) -> Path:

@@ -13,9 +13,10 @@ from ldm_ray.data.images import grid
 SCALE, GAP, HEAD = 2, 16, 22  # enlargement, pixels between panels, room for a panel's name
 
 
-def side_by_side(panels: Sequence[tuple[str, Tensor]], columns: int = 10) -> np.ndarray:
-    """(H', W', 3) uint8 of named images (N, 1, H, W) uint8, in so many columns at most."""
-    grids = [(name, np.kron(grid(images, columns), np.ones((SCALE, SCALE), np.uint8))) for name, images in panels]
+def side_by_side(panels: Sequence[tuple[str, Tensor, int]]) -> np.ndarray:
+    """(H', W', 3) uint8 of panels: a name, images (N, 1, H, W) uint8, the number of their columns."""
+    double = np.ones((SCALE, SCALE), np.uint8)
+    grids = [(name, np.kron(grid(images, columns), double)) for name, images, columns in panels]
     width = sum(made.shape[1] for _, made in grids) + GAP * (len(grids) - 1)
     canvas = np.full((HEAD + max(made.shape[0] for _, made in grids), width, 3), 24, dtype=np.uint8)
     places, left = [], 0

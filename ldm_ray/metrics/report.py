@@ -28,30 +28,41 @@ FLOORS = {
     "ddpm": "(e) DDPM, every timestep",
 }
 COLUMNS = {  # figure: (heading, digits after the point)
-    "fd_lenet": ("FD-LeNet", 2),
-    "times_floor": ("x {}", 2),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "density": ("density", 3),
-    "coverage": ("coverage", 3),
-    "accuracy": ("accuracy", 4),
+    "fd_lenet": ("FD-LeNet ↓", 2),
+    "times_floor": ("x {} ↓", 2),
+    "precision": ("precision ↑", 3),
+    "recall": ("recall ↑", 3),
+    "density": ("density ↑", 3),
+    "coverage": ("coverage ↑", 3),
+    "accuracy": ("accuracy ↑", 4),
     "nearest_train_ratio": ("to train", 3),
     "close_to_train": ("close", 3),
 }
+LEGEND = """\
+↓ lower is better, ↑ higher is better; no arrow: as with the test images, near floor (b) where there is one
+FD-LeNet           Fréchet distance to the test images in a digit classifier's features; compares equal counts alone
+x {}              FD-LeNet over that of floor {}
+precision, recall  share of the samples that lie among the test images, and of these that lie among the samples
+density, coverage  how many test images a sample lies close to, over 5; share of test images with a sample close by
+accuracy           share of the samples that another classifier sees as the digit asked for
+to train           distance to the nearest training image, over that of the test images; 0: copies
+close              share nearer to a training image than 99 % of the test images are; 1: copies"""
+WIDTH = 12  # of a column
 PAIRS, SCALE, GAP, MARGIN = 8, 2, 6, 56  # pairs a row, enlargement, pixels between pairs, room for the row's name
 TINT = np.array([255, 190, 90])  # of the training images in the picture
 
 
 def table(found: dict[str, Any]) -> str:
-    """The floors, then the samples with their standard deviations below, then what was made of each digit."""
+    """The floors, then the samples with their standard deviations below, what the columns are, and each digit's."""
     lowest, floor = floor_of(found)
     letter = FLOORS[lowest][:3]
-    lines = [" " * 29 + "".join(f"{heading.format(letter):>10}" for heading, _ in COLUMNS.values())]
+    lines = [" " * 29 + "".join(f"{heading.format(letter):>{WIDTH}}" for heading, _ in COLUMNS.values())]
     lines += [line(FLOORS[name], row, floor) for name, row in found["floors"].items()]
     for row in found["samples"]:
         lines.append(line(f"samples, guidance {row['guidance_scale']:g}", row["mean"], floor))
         if row["sd"]["fd_lenet"] is not None:
             lines.append(line("    ±", row["sd"], floor))
+    lines += ["", LEGEND.format(letter, letter)]
     lines += ["", f"{'digit':<29}" + "".join(f"{digit:>8}" for digit in range(NUM_CLASSES))]
     for name, row in [(letter, found["floors"][lowest])] + [
         (f"guidance {row['guidance_scale']:g}", row["mean"]) for row in found["samples"]
@@ -70,7 +81,7 @@ def floor_of(found: dict[str, Any]) -> tuple[str, float]:
 
 def line(name: str, row: dict[str, Any], floor: float) -> str:
     row = row | {"times_floor": row["fd_lenet"] / floor if floor else None}
-    return f"{name:<29}" + "".join(cells([row.get(figure)], 10, digits) for figure, (_, digits) in COLUMNS.items())
+    return f"{name:<29}" + "".join(cells([row.get(figure)], WIDTH, digits) for figure, (_, digits) in COLUMNS.items())
 
 
 def cells(values: Sequence[float | None], width: int, digits: int) -> str:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ldm_ray import cli
 from ldm_ray.config import cache_dir
 from ldm_ray.metrics.config import ClassifiersConfig
-from ldm_ray.paths import local_path
 
 PROG = "python -m ldm_ray.metrics.train_classifiers"
 BATCH, WEIGHT_DECAY = 128, 1e-2
@@ -28,6 +27,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(ClassifiersConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    output = cli.folder_path(config.output)
     from ldm_ray.checkpoint import cpu, file_sha256, write
     from ldm_ray.data.sources import load_source
     from ldm_ray.errors import DataError
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in NETWORKS:
         network = train_network(name, images, labels, config.seed, config.epochs)
         right = accuracy(network, test_images, test_labels)
-        path = weights_file(name, local_path(config.output))
+        path = weights_file(name, output)
         write(path, cpu(network.state_dict()))
         print(f"{name:<9} test accuracy {100 * right:.2f} %  {path}  SHA-256 {file_sha256(path)}")
     return 0

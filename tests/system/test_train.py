@@ -161,6 +161,7 @@ def test_quality_is_measured_beside_training_and_the_best_is_kept(second: Second
     lines, folder = second.lines, second.folder
     assert [line["epoch"] for line in lines] == [2, 4, 5] and {line["count"] for line in lines} == {200}
     assert second.output.count("FD-LeNet") == 3
+    assert "classifiers behind the figures were trained on MNIST, and" in second.output
     best = min(lines, key=lambda line: line["fd_lenet"])
     content = torch.load(folder / "best.pt", weights_only=True)
     assert content["quality"] == best and content["epoch"] == best["epoch"]

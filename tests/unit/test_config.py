@@ -233,3 +233,20 @@ def test_unknown_flags_are_one_line_and_exit_2(argv: list[str], capsys: pytest.C
         parse(TrainConfig, *argv)
     shown = capsys.readouterr()
     assert stop.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1 and argv[0] in shown.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["--epoch", "3"], "--epochs"), (["--batchsize=3"], "--batch-size"), (["--only_digit", "3"], "--only-digit"),
+        (["-lr", "3"], "--lr"), (["--patience", "3"], "--early-stopping-patience"),
+        (["--nonsense"], None), (["loose"], None),
+    ],
+)  # fmt: skip
+def test_a_flag_that_resembles_another_is_asked_about(
+    argv: list[str], meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, *argv)
+    said = capsys.readouterr().err
+    assert (f"did you mean {meant}?" if meant else argv[0]) in said and ("did you mean" in said) == bool(meant)

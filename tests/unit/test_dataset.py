@@ -294,7 +294,9 @@ def test_one_digit_models_make_their_digit(ae_file: Path, tmp_path: Path) -> Non
         maker_of(ckpt, tmp_path / "other", labels="0-4")
 
 
-def test_requests_are_answered_and_errors_kept_apart(ckpt: Path, tmp_path: Path) -> None:
+def test_requests_are_answered_and_errors_kept_apart(
+    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [
         {"custom_id": "a", "body": {"class_label": 7, "n": 3, "seed": 5}},
         {"custom_id": "b", "body": {"prompt": "seven", "seeds": [6]}},
@@ -310,7 +312,8 @@ def test_requests_are_answered_and_errors_kept_apart(ckpt: Path, tmp_path: Path)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)) + "\n\nnot json\n")
     flags = ["--ckpt", str(ckpt), "--requests", str(source), "--output", str(output), "--device", "cpu"]
-    assert generate.main(flags) == 0
+    assert generate.main(flags) == 1
+    assert "8 of 11 requests refused" in capsys.readouterr().out
     answers = {line["custom_id"]: line["response"]["body"]["data"] for line in map(json.loads, output.open())}
     assert list(answers) == ["a", "b", "c"] and answers["b"][0]["b64_json"] == answers["a"][1]["b64_json"]
     generator = Generator.open(ckpt)[0]
@@ -325,6 +328,9 @@ def test_requests_are_answered_and_errors_kept_apart(ckpt: Path, tmp_path: Path)
         ("g", "n", 9), ("h", None, 10), (None, None, 12),
     ]  # fmt: skip
     first = output.read_bytes()
-    assert generate.main([*flags, "--batch-size", "1"]) == 0
+    assert generate.main([*flags, "--batch-size", "1"]) == 1
     assert output.read_bytes() == first
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.errors.jsonl", "out.jsonl"]
+    source.write_text(json.dumps(lines[0]))
+    assert generate.main([*flags[:4], "--output", str(tmp_path / "fine.jsonl"), "--device", "cpu"]) == 0
+    assert "1 request answered with 3 images" in capsys.readouterr().out

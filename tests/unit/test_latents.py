@@ -21,6 +21,7 @@ from ldm_ray.errors import CheckpointError, ConfigError
 from ldm_ray.generator import Generator
 from ldm_ray.latents import maps, sheets
 from ldm_ray.latents.config import TsneConfig
+from ldm_ray.latents.labels import GAP, GROUND, HEAD, LONGEST, labelled
 from ldm_ray.latents.paths import interpolate, plane, traverse
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
@@ -84,8 +85,25 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Path:
     return path
 
 
-def pictures(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
+def without_words(path: Path) -> np.ndarray:
+    """The grid of a sheet, which is at its right bottom: what is beside and above it has no black."""
+    picture = np.asarray(Image.open(path))
+    top, left = np.argwhere(picture == 0).min(axis=0)
+    assert top == HEAD and left > 2 * GAP and len(np.unique(picture[:, :left])) > 2, "no words beside the rows"
+    return picture[top:, left:]
+
+
+def test_words_stand_beside_their_rows_and_none_runs_into_another() -> None:
+    black = np.zeros((60, 90), dtype=np.uint8)
+    whole = labelled(black, ["one", "", "two"], ["-3.0", "0", "+3.0"])
+    left = whole.shape[1] - 90
+    written = np.flatnonzero((whole[HEAD:, :left] > GROUND + 60).any(axis=1))
+    assert {int(row) // 20 for row in written} == {0, 2}  # the middle row has no words
+    above = np.flatnonzero((whole[:HEAD, left:] > GROUND + 60).any(axis=0))
+    assert {int(column) // 30 for column in above} == {0, 1, 2}
+    crowded_head = labelled(black, ["x" * 500] * 3, ["+10000.5"] * 9)[:HEAD]
+    bare = (crowded_head[:, -90:] <= GROUND + 60).all(axis=0)
+    assert bare.any() and crowded_head.shape[1] <= 90 + LONGEST + 2 * GAP
 
 
 def test_interpolation_sheet_is_decoded_paths(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +114,7 @@ def test_interpolation_sheet_is_decoded_paths(ckpt: Path, tmp_path: Path, capsys
     generator, _ = Generator.open(ckpt)
     ends = generator.latents([5, 5, 5], [3, 8, 1], SamplingConfig(num_inference_steps=3))
     rows = torch.cat([interpolate(ends[0], ends[1], 4), interpolate(ends[1], ends[2], 4)])
-    np.testing.assert_array_equal(pictures(tmp_path / "a.png"), grid(generator.decode(rows), 4))
+    np.testing.assert_array_equal(without_words(tmp_path / "a.png"), grid(generator.decode(rows), 4))
     assert Image.open(tmp_path / "a.png").text["checkpoint"] == generator.sha256  # type: ignore[attr-defined]
 
 
@@ -106,10 +124,11 @@ def test_traversal_and_plane_sheets(ckpt: Path, tmp_path: Path) -> None:
     generator, _ = Generator.open(ckpt)
     start = generator.latents([42], [None])[0]
     wanted = traverse(start, range(3), torch.linspace(-2, 2, 5)).flatten(0, 1)
-    np.testing.assert_array_equal(pictures(tmp_path / "a.png"), grid(generator.decode(wanted), 5))
+    np.testing.assert_array_equal(without_words(tmp_path / "a.png"), grid(generator.decode(wanted), 5))
     assert explore.main([*flags, "--sheet", "plane", "--seeds", "9"]) == 0
-    found = sheets.over_plane(generator, 9, list(range(10)), 5, SamplingConfig())
-    np.testing.assert_array_equal(pictures(tmp_path / "a.png"), grid(generator.decode(found.flatten(0, 1)), 5))
+    found, right, up = sheets.over_plane(generator, 9, list(range(10)), 5, SamplingConfig())
+    assert right == sorted(right) and up == sorted(up, reverse=True) and len(right) == len(up) == 5
+    np.testing.assert_array_equal(without_words(tmp_path / "a.png"), grid(generator.decode(found.flatten(0, 1)), 5))
     flat = found.reshape(25, 16).double() - found.reshape(25, 16).double().mean(dim=0)
     assert int((torch.linalg.svdvals(flat) > 1e-4).sum()) == 2
 
@@ -118,13 +137,17 @@ def test_traversal_and_plane_sheets(ckpt: Path, tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--digits", "7"], "two ends"),
-        (["--seeds", "1,x"], "--seeds is different numbers"),
+        (["--seeds", "1,x"], "'x' is neither"),
+        (["--seeds", "3-1"], "'3-1' is neither"),
+        (["--seeds", "0-4294967295"], "at most 1000"),
+        (["--seeds", "0-3,2"], "--seeds is different numbers"),
         (["--digits", "cat,1"], r"'cat' is no class of the model; its classes are 0 to 9"),
         (["--sheet", "traverse", "--digits", "1,2"], "starts from one image"),
         (["--sheet", "plane", "--seeds", "1,2"], "takes one of --seeds"),
         (["--sheet", "plane", "--seeds", "4294967295"], "goes by 256 seeds"),
         (["--sheet", "map"], "--sheet is one of interpolate, traverse, plane"),
         (["--output", "x.jpg"], "to be a .png file"),
+        (["--output", "no/such/x.png"], "there is no folder no/such"),
     ],
 )
 def test_explore_refuses_in_one_line(ckpt: Path, tmp_path: Path, flags: list[str], words: str) -> None:

@@ -18,6 +18,7 @@ def test_seeds_are_ranges() -> None:
     assert seeds.rows(0, 12).tolist() == listed and seeds.rows(10, 13).tolist() == [9, 9, 4000000000]
     assert seeds.rows(len(seeds) - 1, len(seeds)).tolist() == [4294967295]
     assert seeds.rows(200_000_000, 200_000_002).tolist() == [4199999988, 4199999989]
+    assert str(Seeds.parse("0-0")) == str(Seeds.parse(" 0 - 0 ")) == "0" and len(Seeds.parse("0-0")) == 1
     for bad in ("", "1-", "-1", "3-2", "1,,2", "4294967296", "0-4294967296", "1e3", "9" * 40):
         with pytest.raises(ConfigError, match="--seeds"):
             Seeds.parse(bad)
@@ -30,6 +31,7 @@ def test_labels_follow_their_rule(tmp_path: Path) -> None:
         return Labels.parse(text, 10, 4, only).rows(first, seeds[:4]).tolist()
 
     assert rows("balanced", 8) == [8, 9, 0, 1] and rows("7") == [7] * 4 and rows("2-4,9", 3) == [9, 2, 3, 4]
+    assert rows("2 - 4, nine", 3) == [9, 2, 3, 4]
     assert rows("balanced", only=3) == rows("random", only=3) == [3] * 4
     drawn = Labels.parse("random", 10, 1).rows(0, seeds)
     assert np.abs(np.bincount(drawn, minlength=10) / 10_000 - 1).max() < 0.05
@@ -46,7 +48,7 @@ def test_labels_follow_their_rule(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=said):
             rows(f"file:{file}")
-    for text in ("10", "4-2", "seven", "", "-1", "file:/nowhere"):
+    for text in ("10", "4-2", "cat", "7,cat", "", "-1", "file:/nowhere"):
         with pytest.raises(ConfigError, match="--labels"):
             rows(text)
     with pytest.raises(ConfigError, match="trained on digit 3 alone"):

@@ -83,6 +83,14 @@ def test_an_output_directory_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written") as error:
         runs.check_writable(tmp_path / "file" / "out")
     assert "\n" not in str(error.value)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "further")
+    with pytest.raises(ConfigError, match="nowhere cannot be written"):
+        runs.check_writable(tmp_path / "nowhere")
+
+
+def test_a_look_at_an_output_directory_leaves_nothing(tmp_path: Path) -> None:
+    runs.check_writable(tmp_path / "new" / "deeper")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- discovery ---
