@@ -108,12 +108,12 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         code = main()
     except LdmError as error:
         code = fail(prog, str(error))
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        code = fail(prog, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
         code = 1
+    except OSError as error:
+        code = fail(prog, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     sys.stdout.flush()
     sys.exit(code or 0)
 
