@@ -10,6 +10,9 @@ Written: a table (comparison.md, comparison.json) and the same seeds by each of 
 
 from __future__ import annotations
 
+if not __package__:  # python ldm_ray/compare.py
+    __import__("as_file")
+
 import logging
 from collections.abc import Sequence
 from typing import Any

@@ -15,3 +15,7 @@ class DataError(LdmError):
 
 class CheckpointError(LdmError):
     """A checkpoint file."""
+
+
+class DiskError(LdmError):
+    """A disk that takes no more."""

@@ -9,6 +9,9 @@ What each figure is: docs/quality.md.
 
 from __future__ import annotations
 
+if not __package__:  # python ldm_ray/evaluate.py
+    __import__("as_file")
+
 from collections.abc import Sequence
 
 from ldm_ray import cli

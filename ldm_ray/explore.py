@@ -8,6 +8,9 @@ python -m ldm_ray.explore --ckpt latest.pt --sheet plane --columns 20
 
 from __future__ import annotations
 
+if not __package__:  # python ldm_ray/explore.py
+    __import__("as_file")
+
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -9,14 +9,16 @@ python -m ldm_ray.generate --requests in.jsonl --output out.jsonl
 
 from __future__ import annotations
 
+if not __package__:  # python ldm_ray/generate.py
+    __import__("as_file")
+
 import contextlib
 import logging
 import os
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from ldm_ray.errors import ConfigError
 from ldm_ray.hold import hold
 from ldm_ray.paths import AnyPath, local_path, to_path
 from ldm_ray.progress import Progress
+from ldm_ray.signals import on_first
 from ldm_ray.words import counted
 
 if TYPE_CHECKING:
@@ -45,6 +48,10 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+def stopped(number: int) -> None:
+    raise Stopped(number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,7 +235,7 @@ def make(
     workers = ray_generate.pool_size(config.num_workers, len(missing), device, share)
     progress = Made(job.request.count, sum(record.rows for record in records.values()))
     try:
-        with stoppable(), contextlib.closing(ray_generate.generate(job, missing, workers, device, share)) as made:
+        with on_first(stopped), contextlib.closing(ray_generate.generate(job, missing, workers, device, share)) as made:
             for record, _, seconds in made:
                 records[record.shard] = record
                 progress.add(record.rows, seconds)
@@ -241,24 +248,6 @@ def make(
         raise ConfigError(f"{len(lost)} of {len(missing)} shards did not come back: run the same command again")
     progress.tell(workers)
     return 0
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Stopped inside, once; a second SIGINT interrupts as usual."""
-    numbers = signal.SIGINT, signal.SIGTERM
-
-    def stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Stopped(number)
-
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 class Made:

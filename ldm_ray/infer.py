@@ -7,6 +7,9 @@ python -m ldm_ray.infer --ckpt latest.pt --num-images 8 --show-process
 
 from __future__ import annotations
 
+if not __package__:  # python ldm_ray/infer.py
+    __import__("as_file")
+
 import logging
 from collections.abc import Sequence
 from itertools import groupby

@@ -7,6 +7,9 @@ python -m ldm_ray.inspect latest.pt --json
 
 from __future__ import annotations
 
+if not __package__:  # python ldm_ray/inspect.py
+    __import__("as_file")
+
 import json
 from collections.abc import Sequence
 from typing import Any

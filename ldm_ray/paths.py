@@ -269,12 +269,18 @@ def folder_at_once(folder: AnyPath, last: str) -> Iterator[AnyPath]:
 
 
 def append_line(path: AnyPath, line: str) -> None:
-    """Adds a line to a file that nobody else writes; one in an object store is written again."""
+    """Adds a line, or nothing, to a file that nobody else writes; one in an object store is written again."""
     if isinstance(path, RemotePath):
         path.write_text((path.read_text() if path.exists() else "") + line + "\n")
         return
-    with naming(path), path.open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
+    with naming(path), path.open("ab", buffering=0) as stream:
+        end, data = stream.tell(), line.encode() + b"\n"
+        try:
+            if stream.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            stream.truncate(end)  # no half line
+            raise
 
 
 class Mirror:

@@ -10,6 +10,10 @@ Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop; the exit code is then 12
 from __future__ import annotations
 
 import sys
+
+if not __package__:  # python ldm_ray/train_autoencoder.py
+    __import__("as_file")
+
 from collections.abc import Sequence
 
 from ldm_ray import cli

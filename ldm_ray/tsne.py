@@ -9,6 +9,9 @@ What the scores are: docs/latents.md.
 
 from __future__ import annotations
 
+if not __package__:  # python ldm_ray/tsne.py
+    __import__("as_file")
+
 import json
 import logging
 from collections.abc import Sequence

@@ -76,7 +76,7 @@ class Engine:
 
         thread = threading.Thread(target=work, daemon=True)
         watch = Watch(records, len(records.settled) + count, config.budget_s(), stop)
-        with StopRequest(stop, "writing the results") as request:
+        with StopRequest(stop, "the trials are asked to stop") as request:
             thread.start()
             watch.until(thread)
         records.close()

@@ -6,16 +6,22 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
+import ray.data
 
 import ldm_ray
 from ldm_ray.devices import pick_device
+from ldm_ray.distributed import local
+from ldm_ray.distributed.answer import check_answer
 from ldm_ray.errors import ConfigError
 from ldm_ray.paths import AnyPath, to_path, unique
+from ldm_ray.signals import on_first
 
 log = logging.getLogger(__name__)
 # Train releases each report when its controller polls: every 2 s by default, which would pace short epochs.
@@ -31,43 +37,84 @@ def connected() -> Iterator[None]:
     is installed there or not. Raises ConfigError when a cluster was named and does not answer or does not take the
     token.
     """
-    address = os.environ.get("RAY_ADDRESS") or "local"
     for name, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_S,
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ prints notes on actor restarts into the progress
     }.items():
         os.environ.setdefault(name, value)
-    code = {"py_modules": [str(Path(ldm_ray.__file__).parent)], "excludes": ["__pycache__"]}
-    started = not ray.is_initialized()
-    if not started:
-        gc.collect()  # a Ray Data job that failed here keeps its actors, and their cores, until it is collected
-    else:
-        if address == "local":  # what clouds do to nodes is watched by a process that this machine need not run
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            check_temporary()
-            log.info("starting Ray on this machine")
-        try:
-            with silent_stderr():  # its C++ announces the log level set above
-                ray.init(
-                    address=address,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    include_dashboard=False if address == "local" else None,  # 1 s and 2 s of a core less
-                    runtime_env=None if address == "local" else code,
-                )
-        except Exception as error:  # Ray raises a plain one where a start takes more than 30 s
-            first = " ".join(str(error).split())[:200]
-            raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS={address}: {first}") from None
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the commands have their own
+    with contextlib.ExitStack() as stack:
+        if ray.is_initialized():
+            gc.collect()  # a Ray Data job that failed here keeps its actors, and their cores, until it is collected
+        elif is_local():
+            stack.enter_context(started())
+        else:
+            stack.enter_context(joined(os.environ["RAY_ADDRESS"]))
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         yield
-    finally:
-        if started:
-            ray.shutdown()
+
+
+@contextlib.contextmanager
+def started() -> Iterator[None]:
+    """Ray on this machine, until the end. ConfigError when it does not start."""
+    # What clouds do to nodes is watched by a process that this machine need not run
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    check_temporary()
+    log.info("starting Ray on this machine")
+    with contextlib.ExitStack() as stack:
+        try:
+            with local.deaf():
+                context = init("local", include_dashboard=False)  # 1 s and 2 s of a core less
+                session = stack.enter_context(local.Session(Path(context.address_info["session_dir"])))
+                stack.enter_context(on_first(stop))
+        except Exception as error:  # Ray raises a plain one where a start takes more than 30 s
+            folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+            raise ConfigError(
+                f"Ray does not start on this machine: {first_line(error)} (its folder is {folder}/ray; RAY_TMPDIR "
+                "names another place)"
+            ) from None
+        local.clean(session.folder.parent)
+        yield
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[None]:
+    """The cluster of an address, until the end. ConfigError when none answers there."""
+    code = {"py_modules": [str(Path(ldm_ray.__file__).parent)], "excludes": ["__pycache__"]}
+    log.info("joining the Ray cluster of RAY_ADDRESS=%s", address)
+    with contextlib.ExitStack() as stack:
+        try:
+            check_answer(address)
+            init(address, runtime_env=code)
+        except Exception as error:
+            raise ConfigError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {first_line(error)}; name one that runs, or unset "
+                "RAY_ADDRESS, and Ray is started on this machine"
+            ) from None
+        stack.callback(ray.shutdown)
+        stack.enter_context(on_first(stop))
+        yield
+
+
+def init(address: str, **settings: Any) -> Any:
+    """``ray.init`` in silence."""
+    try:
+        with silent_stderr():  # its C++ announces the log level set above
+            return ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **settings)
+    except SystemExit:  # by the handler of SIGTERM that it has just set, with another exit code
+        stop(signal.SIGTERM)
+
+
+def stop(number: int) -> None:
+    """Ends the command with the exit code that the signal has."""
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_temporary() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -14,22 +15,24 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+from ldm_ray import checkpoint
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.devices import cpu_threads
-from ldm_ray.distributed.cluster import check_shared, cores_of_each, is_local
+from ldm_ray.distributed.cluster import check_shared, cores_of_each, first_line, is_local
 from ldm_ray.distributed.gpus import check_worker, share_of
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
-from ldm_ray.errors import LdmError
-from ldm_ray.paths import AnyPath, RemotePath, look_every
+from ldm_ray.errors import DiskError, LdmError
+from ldm_ray.paths import AnyPath, RemotePath, look_every, write_bytes
+from ldm_ray.signals import on_first
 from ldm_ray.training.fit import Job, Place, fit
 
 log = logging.getLogger(__name__)
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 WATCH_S = 0.2
 GROW_S = 15.0  # how often --num-workers MIN-MAX looks for room to grow; growing restarts from the last checkpoint
 
@@ -43,7 +46,21 @@ def train_worker(settings: dict[str, Any]) -> None:
     world = context.get_world_size()
     place = Place(context.get_world_rank(), world, device, prepare_model if world > 1 else lambda model: model)
     job = settings["job"]
-    fit(job, place, functools.partial(reported, job.config, job.paths, place.rank == 0))
+    try:
+        fit(job, place, functools.partial(reported, job.config, job.paths, place.rank == 0))
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskError(f"{error.filename or job.paths.outdir}: {error.strerror}") from None
+        raise
+
+
+class EndsAtOnce(UserCallback):
+    """No other attempt where it would meet the same full disk."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, DiskError):
+                raise error
 
 
 class Trainer(TorchTrainer):
@@ -90,6 +107,7 @@ def run(job: Job, test: ImageSource | None = None, goes_on: bool = False) -> int
             storage_path=storage.place if isinstance(storage, RemotePath) else str(storage),
             storage_filesystem=storage.filesystem if isinstance(storage, RemotePath) else None,
             failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=[EndsAtOnce()],  # type: ignore[list-item]
         ),
         validation_config=validation_of(config, paths, test),
     )
@@ -107,7 +125,12 @@ def run(job: Job, test: ImageSource | None = None, goes_on: bool = False) -> int
         Watch(job).until(thread)
         code = 128 + request.received if request.received and (goes_on or not finished(job)) else 0
     if "error" in outcome:
-        raise failure(outcome["error"], job)
+        error = failure(outcome["error"], job)
+        if not code:
+            raise error
+        log.error("%s", error)
+    elif code:
+        log.info("stopped; %s", kept(job))
     if paths.diverged.exists():
         epoch = json.loads(paths.diverged.read_text())["epoch"]
         raise LdmError(
@@ -117,28 +140,24 @@ def run(job: Job, test: ImageSource | None = None, goes_on: bool = False) -> int
 
 
 class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into the stop file; a second SIGINT ends at once."""
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into the stop file (see ``on_first``)."""
 
-    def __init__(self, file: AnyPath, first: str = "saving a checkpoint") -> None:
+    def __init__(self, file: AnyPath, first: str = "the run is asked to save a checkpoint and to stop") -> None:
         self.file, self.first, self.received = file, first, 0
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            signal.signal(number, self.ask)
+        self.handlers = on_first(self.ask)
+        self.handlers.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.handlers.__exit__(None, None, None)
         self.file.unlink(missing_ok=True)
 
-    def ask(self, number: int, _: object) -> None:
-        if self.received and number == signal.SIGINT:
-            os._exit(130)
-        self.received = self.received or number
+    def ask(self, number: int) -> None:
+        self.received = number
+        print(f"\n{signal.Signals(number).name}: {self.first}", file=sys.stderr, flush=True)
         self.file.touch()
-        print(f"\n{signal.Signals(number).name}: {self.first}, then stopping", file=sys.stderr, flush=True)
 
 
 class Watch:
@@ -208,14 +227,25 @@ def finished(job: Job) -> bool:
 
 
 def failure(error: BaseException, job: Job) -> BaseException:
-    """A worker's own LdmError as it is; anything else with how to go on."""
-    inner = getattr(error, "worker_failures", None) or {}
-    for cause in inner.values():
+    """A worker's own LdmError as it is, a full disk in words; anything else with how to go on."""
+    causes = [*(getattr(error, "worker_failures", None) or {}).values()]
+    causes += filter(None, [getattr(error, "controller_failure", None)])
+    for cause in causes:
+        if isinstance(cause, DiskError) or any(os.strerror(number) in str(cause) for number in FULL):
+            text = cause if isinstance(cause, DiskError) else f"{job.paths.outdir}: {first_line(cause)}"
+            return DiskError(f"{text}; {kept(job)}")
         if isinstance(cause, LdmError):
             return cause
-    job.paths.runs.joinpath("error.txt").write_text(str(error))
-    first = next((" ".join(str(cause).split())[:200] for cause in inner.values()), str(error).splitlines()[0][:200])
-    return LdmError(
-        f"training failed: {first} (all of it: {job.paths.runs / 'error.txt'}); "
-        "the last checkpoint is kept: go on with --auto-resume"
-    )
+    details = job.paths.runs / "error.txt"
+    write_bytes(details, str(error).encode())
+    return LdmError(f"training failed: {first_line((causes or [error])[0])} (all of it: {details}); {kept(job)}")
+
+
+def kept(job: Job) -> str:
+    """Which checkpoint of the run there is, and how to go on."""
+    if not job.paths.latest.exists():
+        return "no checkpoint was written yet: start it again"
+    training = checkpoint.read(job.paths.latest)[0]["training"]
+    state = f"after epoch {training['epoch']} of {job.config.epochs}"
+    state += f" and {training['step']} steps" if training["step"] else ""
+    return f"the last checkpoint, {state}, is kept: go on with --auto-resume"

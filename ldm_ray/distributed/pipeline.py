@@ -256,6 +256,7 @@ def log_file(path: AnyPath) -> Iterator[None]:
     mirror = Mirror(path.parent)
     handler = logging.FileHandler(mirror.fetch(path.name), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk ends the run elsewhere
     logger = logging.getLogger("ldm_ray")
     logger.addHandler(handler)
     try:

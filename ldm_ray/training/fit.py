@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,12 +178,10 @@ class Recorder:
     """The run's records, by the first worker alone: metrics.jsonl, TensorBoard, the progress file."""
 
     def __init__(self, paths: RunPaths, config: RunConfig, fitter: Fitter) -> None:
-        from tensorboardX import SummaryWriter
-
         self.paths, self.config, self.fitter = paths, config, fitter
         self.every = look_every(paths.progress, PROGRESS_S)
         self.mirror = Mirror(paths.runs)
-        self.board = SummaryWriter(str(self.mirror.local), purge_step=fitter.epoch + 1)
+        self.board = Board(self.mirror.local, fitter.epoch + 1)
         self.next, self.started, self.first_step = 0.0, time.perf_counter(), fitter.global_step
         lines = paths.metrics.read_text().splitlines() if paths.metrics.exists() else []
         kept = [line for line in lines if line.strip() and json.loads(line)["epoch"] <= fitter.epoch]
@@ -208,10 +207,7 @@ class Recorder:
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         append_line(self.paths.metrics, json.dumps(metrics | {"time": time.time()}))
-        for key, value in metrics.items():
-            if key != "epoch":
-                self.board.add_scalar(key, value, metrics["epoch"])
-        self.board.flush()
+        self.board.add(metrics["epoch"], {key: value for key, value in metrics.items() if key != "epoch"})
         self.mirror.send()
 
     def diverged(self, metrics: dict[str, Any]) -> None:
@@ -222,6 +218,29 @@ class Recorder:
     def close(self) -> None:
         self.board.close()
         self.mirror.close()
+
+
+class Board:
+    """TensorBoard's event file, written at once: SummaryWriter's thread ends at an error, and its queue then hangs."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        """first: an earlier file's steps from this one on count no more."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self.file = EventsWriter(str(folder / "events"))
+        self.file.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            self.file.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def agreed(wish: bool, place: Place) -> bool:
