@@ -20,7 +20,7 @@ from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_ex
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
 from ldm_ray.distributed.cluster import check_shared
-from ldm_ray.distributed.gpus import Share, check_worker
+from ldm_ray.distributed.gpus import Share, check_gpus, check_worker
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.paths import AnyPath
@@ -94,6 +94,7 @@ def encode(
     check_shared(outdir)
     if autoencoder is None or share is None:
         share = Share()
+    check_gpus(share)
     count = min(workers or share.room(), max(1, -(-len(source) // BLOCK_ROWS)))
     started = time.perf_counter()
     table = run(source, autoencoder, count, share, what)

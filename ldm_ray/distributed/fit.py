@@ -22,7 +22,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.devices import cpu_threads
 from ldm_ray.distributed.cluster import check_shared, cores_of_each, is_local
-from ldm_ray.distributed.gpus import check_worker, share_of
+from ldm_ray.distributed.gpus import check_gpus, check_worker, share_of
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
 from ldm_ray.errors import LdmError
 from ldm_ray.paths import AnyPath, RemotePath, look_every
@@ -66,6 +66,7 @@ def run(job: Job, test: ImageSource | None = None) -> int:
     check_shared(paths.outdir)
     low, high = config.worker_range()
     share = share_of(config)
+    check_gpus(share)
     cores = cores_of_each(high)
     paths.runs.mkdir(parents=True, exist_ok=True)
     paths.stop.unlink(missing_ok=True)
