@@ -16,7 +16,8 @@ NEED_310 := import sys; sys.exit(sys.version_info < (3, 10))
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  ARGS='...' goes to train, to check and test (pytest), and to lock; PYTHON=... picks setup's interpreter."
+	@echo "  ARGS='...' goes to train, to check and test (pytest), and to lock; PYTHON=... picks setup's interpreter,"
+	@echo "  LDM_RAY_CUDA=cu126 torch for NVIDIA's drivers before 580."
 
 setup: $(STAMP) ## create .venv and install the locked packages and the project
 
@@ -27,7 +28,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  "$(PYTHON)" -m venv $(VENV); }
 	@$(PY) -c '$(NEED_310)' \
 	  || { echo "make setup: $(VENV) has a Python older than 3.10; remove it (make clean) and run this again" >&2; exit 1; }
-	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	sh deploy/install.sh $(PY) requirements.txt
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -56,11 +57,12 @@ format: setup ## fix what ruff can and format the code
 	$(PY) -m ruff format .
 
 # Needs uv (any recent release). The pins of the torch family and Ray are in pyproject.toml, [tool.uv].
-lock: ## rewrite requirements.txt from pyproject.toml: make lock ARGS=--upgrade
+COMPILE = $(UV) pip compile pyproject.toml --universal --python-version 3.10 --quiet \
+  --no-header --no-emit-index-url --no-emit-find-links
+lock: ## rewrite requirements.txt and deploy/'s part of it from pyproject.toml: make lock ARGS=--upgrade
 	@command -v $(UV) >/dev/null || { echo "make lock: uv not found; install it with: pip install uv" >&2; exit 1; }
-	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.10 --quiet \
-	  --no-header --no-emit-index-url --no-emit-find-links \
-	  --output-file requirements.txt $(ARGS)
+	$(COMPILE) --extra dev --output-file requirements.txt $(ARGS)
+	$(COMPILE) --constraint requirements.txt --no-annotate --output-file deploy/requirements.txt
 
 clean: ## remove .venv, caches and build products (outputs/ and hf_cache/ stay)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -21,7 +21,7 @@ from ldm_ray.checkpoint import embed
 from ldm_ray.data.examples import Examples, read_examples, split
 from ldm_ray.distributed.cluster import check_shared, resources
 from ldm_ray.distributed.fit import StopRequest
-from ldm_ray.distributed.gpus import shared_out
+from ldm_ray.distributed.gpus import check_gpus, shared_out
 from ldm_ray.distributed.trial import OBJECTIVE, Setup, run_trial
 from ldm_ray.errors import ConfigError
 from ldm_ray.metrics.latent_frechet import ClassFrechet
@@ -132,6 +132,7 @@ class Engine:
         """(resources of a trial, its device, how many fit at once). ConfigError where not even one does."""
         config, (cores, gpus) = self.config, resources()
         share = shared_out(config.device, config.gpus_per_trial, config.accelerator_type, "--gpus-per-trial", GPU_SHARE)
+        check_gpus(share)
         slots = cores // config.cpus_per_trial
         if share:
             slots = min(slots, share.room())

@@ -18,7 +18,7 @@ from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
 from ldm_ray.devices import sent, settle
 from ldm_ray.distributed.cluster import check_shared
-from ldm_ray.distributed.gpus import CPU, Share, check_worker
+from ldm_ray.distributed.gpus import CPU, Share, check_gpus, check_worker
 from ldm_ray.errors import DataError, LdmError
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.paths import AnyPath
@@ -77,6 +77,7 @@ def encode(
         return folder
     outdir.mkdir(parents=True, exist_ok=True)
     check_shared(outdir)
+    check_gpus(share)
     count = min(workers or share.room(), max(1, -(-len(source) // BLOCK_ROWS)))
     started = time.perf_counter()
     table = run(source, autoencoder, count, share, what)

@@ -24,7 +24,7 @@ from ldm_ray import checkpoint
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.devices import cpu_threads
 from ldm_ray.distributed.cluster import check_shared, cores_of_each, first_line, is_local
-from ldm_ray.distributed.gpus import check_worker, share_of
+from ldm_ray.distributed.gpus import check_gpus, check_worker, share_of
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
 from ldm_ray.errors import DiskError, LdmError
 from ldm_ray.paths import AnyPath, RemotePath, look_every, write_bytes
@@ -84,6 +84,7 @@ def run(job: Job, test: ImageSource | None = None, goes_on: bool = False) -> int
     check_shared(paths.outdir)
     low, high = config.worker_range()
     share = share_of(config)
+    check_gpus(share)
     cores = cores_of_each(high)
     paths.runs.mkdir(parents=True, exist_ok=True)
     paths.stop.unlink(missing_ok=True)

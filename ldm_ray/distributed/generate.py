@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from ldm_ray.dataset.shards import Job, Record
 from ldm_ray.distributed.encode import cause_of
-from ldm_ray.distributed.gpus import Share, check_worker
+from ldm_ray.distributed.gpus import Share, check_gpus, check_worker
 from ldm_ray.generator import fingerprint_of
 
 
@@ -52,15 +52,13 @@ def where(device: str | None, precision: str, share: Share) -> tuple[str, str]:
         kind = "mps" if device == "mps" else "cpu"
         return kind, fingerprint_of(torch.device(kind), precision)
 
-    @ray.remote(**share.options(), max_retries=0)
+    check_gpus(share)
+
+    @ray.remote(**share.options())
     def ask() -> str:
-        check_worker()
         return fingerprint_of(torch.device("cuda"), precision)
 
-    try:
-        return "cuda", ray.get(ask.remote())
-    except RayError as error:
-        raise cause_of(error) from None
+    return "cuda", ray.get(ask.remote())
 
 
 def generate(

@@ -90,3 +90,12 @@ def check_worker() -> None:
     """Where a worker starts: ConfigError in one line where Ray gave it a GPU that torch cannot use."""
     if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         cuda.check_visible()
+
+
+def check_gpus(share: Share) -> None:
+    """ConfigError as one worker's ``check_worker`` says it, before many start and are tried again and again."""
+    if share:
+        try:
+            ray.get(ray.remote(check_worker).options(**share.options()).remote())
+        except ConfigError as error:
+            raise ConfigError(str(getattr(error, "cause", error))) from None  # without Ray's traceback around it
