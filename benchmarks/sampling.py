@@ -25,7 +25,7 @@ from pipeline import in_turn, show
 from ldm_ray.checkpoint import load_diffusion
 from ldm_ray.config import SamplingConfig
 from ldm_ray.data.images import to_uint8
-from ldm_ray.devices import pick_device
+from ldm_ray.devices import pick_device, settle
 from ldm_ray.diffusion.samplers import ddpm, denoiser_rows, dpmpp_2m, plan_of, sample
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
 from ldm_ray.generator import Generator
@@ -38,8 +38,8 @@ MATRIX_FLOP = 1.065e6  # per image and step with conditioning from tables, hidde
 class Ways:
     """Each method makes ``count`` images and returns images per second."""
 
-    def __init__(self, ckpt: Path, ae_ckpt: Path | None, timed: int) -> None:
-        self.device, self.timed = pick_device(None), timed
+    def __init__(self, ckpt: Path, ae_ckpt: Path | None, timed: int, device: str | None = None) -> None:
+        self.device, self.timed = settle(pick_device(device)), timed
         loaded = load_diffusion(ckpt, ae_ckpt)
         assert loaded.autoencoder is not None
         assert isinstance(loaded.denoiser, Denoiser)
@@ -119,9 +119,9 @@ def measure(ways: Ways, count: int, repeats: int) -> None:
     show(f"batch {count:,}", in_turn(table, repeats), "images/s")
 
 
-def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of the product that sampling is made of: 4096×256 by 256×256, fp32."""
-    a, b = torch.randn(4096, 256, device=device), torch.randn(256, 256, device=device)
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of the product that sampling is made of: 4096×256 by 256×256."""
+    a, b = torch.randn(4096, 256, device=device, dtype=dtype), torch.randn(256, 256, device=device, dtype=dtype)
     best = 0.0
     for _ in range(20):
         started = time.perf_counter()

@@ -1,0 +1,352 @@
+"""All that is to be known of a GPU in some minutes: whether it is right, then how fast. No Ray, no network.
+
+  python benchmarks/gpu.py                                    8 minutes, the embedded digits
+  python benchmarks/gpu.py --dataset FOLDER --minutes 12      real MNIST as a folder of Parquet files
+  python benchmarks/gpu.py --device cpu --minutes 1           a rehearsal
+
+In this order: the device and versions; every test marked ``gpu``; the same bytes in any company; training steps and
+epochs; the encoder; sampling, the straightforward loop beside it; a full training with its FD-LeNet. A line is
+printed and ``--output`` written anew after every figure, so a run that is cut short has what it had. A part that
+fails says so, and the next begins. Figures are medians; of sampling in 1000 steps ``--timed`` steps are taken and
+scaled. Another way of training or sampling is one more entry of ``TRAINING`` or ``SAMPLING``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sampling import MATRIX_FLOP, Ways, matrix_rate
+from torch import Tensor
+
+from ldm_ray import checkpoint
+from ldm_ray.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_ray.data.images import to_float
+from ldm_ray.data.sources import load_source
+from ldm_ray.devices import numerics_of, pick_device, picked, sent, settle
+from ldm_ray.diffusion.samplers import denoiser_rows, plan_of
+from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.generator import Generator
+from ldm_ray.models import registry
+from ldm_ray.models.codec import LatentCodec, PixelCodec
+from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.models.unet import UNet
+from ldm_ray.slot_jobs import Job
+from ldm_ray.slots import Slots
+from ldm_ray.training.fitter import Fitter
+from ldm_ray.training.tasks import build_task
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = (1, 64, 1024, 65536)
+QUALITY = 0.5  # share of the minutes that is kept for the full training
+ROW_S = 1 / 150  # share of the minutes that one figure may take
+THOUSAND: dict[str, Any] = {"sampler": "ddpm", "guidance_scale": 1.0}
+
+TRAINING: dict[str, RunConfig] = {
+    "MLP autoencoder": AutoencoderConfig(model="mlp"),
+    "Conv autoencoder": AutoencoderConfig(model="conv"),
+    "Conv autoencoder, bf16": AutoencoderConfig(model="conv", amp=True),
+    "denoiser": TrainConfig(),
+    "denoiser, bf16": TrainConfig(amp=True),
+    "denoiser, 4,096 a step": TrainConfig(batch_size=4096),
+    "U-Net": TrainConfig(space="pixel"),
+    "U-Net, bf16": TrainConfig(space="pixel", amp=True),
+}
+Way = Callable[[Ways, int], float]  # images per second of so many at a time
+
+
+def by_engine(settings: SamplingConfig) -> tuple[SamplingConfig, Way]:
+    return settings, lambda ways, count: ways.engine(count, **settings.to_dict())
+
+
+SAMPLING: dict[str, tuple[SamplingConfig, Way]] = {
+    "default, 10 steps": by_engine(SamplingConfig()),
+    "default, bf16": by_engine(SamplingConfig(precision="bf16")),
+    "unipc, 9 steps": by_engine(SamplingConfig(sampler="unipc")),
+    "dpmpp_2m, 8 steps": by_engine(SamplingConfig(sampler="dpmpp_2m")),
+    "ddim, 20 steps": by_engine(SamplingConfig(sampler="ddim")),
+    "ddpm, 1000 steps": (
+        SamplingConfig(**THOUSAND),
+        lambda ways, count: ways.engine(count, 1000 / ways.timed, num_inference_steps=ways.timed, **THOUSAND),
+    ),
+    "the straightforward loop, 1000 steps": (
+        SamplingConfig(**THOUSAND),
+        lambda ways, count: ways.loop(ways.denoiser, count),
+    ),
+}
+
+
+@dataclass
+class Report:
+    """What was measured, on the screen and in a file, line by line."""
+
+    output: Path
+    minutes: float
+    began: float = field(default_factory=time.perf_counter)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return 60 * self.minutes - (time.perf_counter() - self.began)
+
+    @property
+    def limit(self) -> float:
+        """Seconds that a figure may take."""
+        return 60 * self.minutes * ROW_S
+
+    def note(self, part: str, name: str, value: Any, unit: str = "", **more: Any) -> None:
+        """A figure."""
+        self.rows.append({"part": part, "name": name, "value": value, "unit": unit, **more})
+        shown = f"{value:,.{2 if abs(value) < 100 else 0}f}" if isinstance(value, float) else str(value)
+        beside = "  ".join(f"{key} {round(told, 3) if isinstance(told, float) else told}" for key, told in more.items())
+        seconds = time.perf_counter() - self.began
+        print(f"{seconds:6.1f} s  {part:<10} {name:<38} {shown:>14} {unit:<10} {beside}".rstrip(), flush=True)
+        self.output.write_text(json.dumps({"minutes": self.minutes, "seconds": seconds, "rows": self.rows}, indent=1))
+
+    def attempt(self, part: str, name: str, work: Callable[[], Any], keep: float = 0.0) -> Any:
+        """What ``work`` returns; None, with a line that says why, where it fails or the time is up."""
+        if self.left < 60 * self.minutes * keep:
+            self.note(part, name, "left out", why="no time left")
+            return None
+        try:
+            return work()
+        except Exception as error:  # the next part may still be worth its time
+            self.note(part, name, "FAILED", why=f"{type(error).__name__}: {str(error).strip()[:300]}")
+            return None
+
+
+@dataclass
+class Bench:
+    report: Report
+    device: torch.device
+    images: Tensor  # (N, 1, H, W) uint8, of the training split
+    labels: Tensor
+    test: Tensor
+    timed: int
+    scratch: Path
+
+    def done(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def rate(self, work: Callable[[], object], count: int) -> float:
+        """Of ``count`` things a call, per second: the median of calls until the figure's time is up."""
+        work()
+        self.done()
+        took: list[float] = []
+        started = time.perf_counter()
+        while not took or time.perf_counter() - started < self.report.limit:
+            before = time.perf_counter()
+            work()
+            self.done()
+            took.append(time.perf_counter() - before)
+        return count / statistics.median(took)
+
+
+def facts(bench: Bench) -> None:
+    note, device = bench.report.note, bench.device
+    note("device", "kind", device.type)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        note("device", "card", card.name, processors=card.multi_processor_count, memory_mb=card.total_memory // 10**6)
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        note("device", "driver", asked.stdout.strip() or asked.stderr.strip()[:80])
+    note("device", "versions", f"torch {torch.__version__}", **numerics_of(device), python=platform.python_version())
+    note("device", "images", len(bench.images), test=len(bench.test))
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for name, dtype in types.items():
+        note("device", f"matrices of sampling, {name}", matrix_rate(device, dtype) / 1e9, "GFLOP/s")
+
+
+def tests(bench: Bench) -> None:
+    """Every test marked ``gpu``, in a process of its own."""
+    files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()]
+    plain = ["--noconftest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rfEs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", *plain, *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=max(30.0, bench.report.left * 0.3),
+    )
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
+    bench.report.note("tests", f"pytest -m gpu, exit {done.returncode}", lines[-1])
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR", "SKIPPED")):
+            bench.report.note("tests", line[:38], line[38:300])
+
+
+def company(bench: Bench) -> None:
+    """An image's bytes alone, among any others, at another place, and from the slots."""
+    makers = {"MLP": latent_generator(bench.device, "mlp"), "Conv": latent_generator(bench.device, "conv")}
+    makers["U-Net"] = Generator(UNet(hidden_dim=8), PixelCodec(), NoiseSchedule(), bench.device)
+    for name, generator in makers.items():
+        most = 40 if name == "U-Net" else 2000 if bench.device.type == "cuda" else 300
+        labels = [i % 10 for i in range(most)]
+        sampling = SamplingConfig(num_inference_steps=4, guidance_start=0.5)
+        whole = generator(range(most), labels, sampling)
+        alone = [torch.equal(generator([i], [labels[i]], sampling)[0], whole[i]) for i in range(0, most, most // 8)]
+        parts = [
+            torch.equal(generator(range(first, first + size), labels[first : first + size], sampling),
+                        whole[first : first + size])
+            for first, size in ((1, 3), (7, 30), (most // 3, most // 2))
+        ]  # fmt: skip
+        slots = Slots(generator)
+        jobs = [Job(seeds=range(i, i + 5), labels=labels[i : i + 5], sampling=sampling) for i in range(0, 40, 5)]
+        for job in jobs:
+            slots.submit(job)
+        slots.close(drain_s=60)
+        slotted = [torch.equal(job.images, whole[5 * i : 5 * i + 5, 0]) for i, job in enumerate(jobs)]
+        same = all(alone) and all(parts) and all(slotted)
+        told: dict[str, Any] = {"alone": sum(alone), "parts": sum(parts), "slots": sum(slotted)}
+        sizes = {size: generator.tiles.is_equal(size) for size in generator.tiles.sizes}
+        bench.report.note("company", name, "same" if same else "OTHER BYTES", **told, tiles=sizes)
+
+
+def latent_generator(device: torch.device, kind: str) -> Generator:
+    torch.manual_seed(0)
+    denoiser = Denoiser()
+    with torch.no_grad():
+        for weight in denoiser.parameters():
+            weight.add_(0.03 * torch.randn_like(weight))
+    return Generator(denoiser, LatentCodec(registry.build(kind, 16), kind), NoiseSchedule(), device)
+
+
+def fitter_of(bench: Bench, config: RunConfig) -> Fitter:
+    """A fitter over as many rows as the dataset has; those of latents are random."""
+    model = registry.build("mlp", 16)
+    codec = checkpoint.AutoencoderCheckpoint(codec=LatentCodec(model, "mlp"), path="none", sha256="")
+    latent = isinstance(config, TrainConfig) and config.space == "latent"
+    task = build_task(config, bench.device, checkpoint.embed(codec) if latent else None)
+    count = len(bench.images)
+    if latent:
+        data = torch.randn(count, 16)
+    else:
+        data = bench.images if isinstance(config, AutoencoderConfig) else to_float(bench.images).flatten(1) * 2 - 1
+    return Fitter(task, task.model, config, data, bench.labels, count, 0, 1, bench.device)
+
+
+def training(bench: Bench) -> None:
+    for name, config in TRAINING.items():
+
+        def measure(name: str = name, config: RunConfig = config) -> None:
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            fitter = fitter_of(bench, config)
+            batches = sent(fitter.order(), fitter.data.device).split(fitter.batch)
+            step = bench.rate(lambda: fitter.train_step(batches[0]), 1)
+            images = step * fitter.batch
+            more = {"ms_a_step": 1000 / step, "batch": fitter.batch}
+            bench.report.note("training", name, images, "images/s", **more, **memory(bench.device))
+            if fitter.steps_per_epoch / step < bench.report.limit * 4:
+                started = time.perf_counter()
+                fitter.run_epoch(lambda step: False)
+                fitter.end_epoch()
+                bench.report.note("training", f"{name}: an epoch", time.perf_counter() - started, "s")
+
+        bench.report.attempt("training", name, measure, QUALITY)
+
+
+def memory(device: torch.device) -> dict[str, Any]:
+    return {"peak_mb": round(torch.cuda.max_memory_allocated() / 1e6)} if device.type == "cuda" else {}
+
+
+def encoder(bench: Bench) -> None:
+    """Blocks of 2,048 images, as Ray Data gives them, from the CPU to latents on the CPU."""
+    for kind in ("mlp", "conv"):
+        codec = LatentCodec(registry.build(kind, 16), kind).to(bench.device)
+        rows = torch.arange(min(2048, len(bench.images)))
+
+        def work(codec: LatentCodec = codec, rows: Tensor = rows) -> Tensor:
+            return codec.encode(to_float(picked(bench.images, rows, bench.device))).cpu()
+
+        bench.report.note("encoder", kind, bench.rate(work, len(rows)), "images/s")
+
+
+def sampling(bench: Bench) -> None:
+    """From seeds to uint8 images on the CPU, MLP decoder. fraction: of what the denoiser's matrices would allow."""
+    torch.manual_seed(0)
+    denoiser, model = Denoiser(), registry.build("mlp", 16)
+    inside = checkpoint.AutoencoderCheckpoint(codec=LatentCodec(model, "mlp"), path="none", sha256="")
+    ckpt = bench.scratch / "latest.pt"
+    checkpoint.write(ckpt, checkpoint.diffusion_content(denoiser, denoiser, NoiseSchedule(), inside, {}))
+    ways = Ways(ckpt, None, bench.timed, bench.device.type)
+    fp32, bf16 = matrix_rate(bench.device), matrix_rate(bench.device, torch.bfloat16)
+    for name, (settings, way) in SAMPLING.items():
+        took = 0.0
+        flop = denoiser_rows(plan_of(ways.schedule, settings), settings.guidance_scale) * MATRIX_FLOP
+        for before, count in zip((0, *SIZES), SIZES, strict=False):
+            guess = took * count / max(before, 64)  # small numbers take as long as 64
+            if guess > 8 * bench.report.limit:
+                bench.report.note("sampling", f"{name}: {count:,}", "left out", why=f"{guess:.0f} s a time")
+                continue
+
+            def measure(count: int = count, way: Way = way) -> list[float]:
+                started = time.perf_counter()
+                rates: list[float] = []
+                way(ways, count)
+                while not rates or time.perf_counter() - started < bench.report.limit:
+                    rates.append(way(ways, count))
+                return rates
+
+            started = time.perf_counter()
+            rates = bench.report.attempt("sampling", f"{name}: {count:,}", measure, QUALITY)
+            if rates:
+                rate = statistics.median(rates)
+                took = (time.perf_counter() - started) / (len(rates) + 1)
+                fraction = rate * flop / (bf16 if settings.precision == "bf16" else fp32)
+                more = {"ms": 1000 * count / rate, "fraction": fraction} | memory(bench.device)
+                bench.report.note("sampling", f"{name}: {count:,}", rate, "images/s", **more)
+
+
+def full_training(bench: Bench) -> None:
+    from gpu_quality import train
+
+    train(bench.report, bench.device, bench.images, bench.labels, bench.test)
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    part.__name__: part for part in (facts, tests, company, training, encoder, sampling, full_training)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="about how long all of it may take [8]")
+    parser.add_argument("--dataset", default="digits", help="as for ldm_ray.train [digits]")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="[the best there is]")
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="[gpu.json]")
+    parser.add_argument("--timed", type=int, default=100, help="steps timed of the 1000-step ways [100]")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--images", type=int, help="of the training split [all]")
+    given = parser.parse_args()
+    report = Report(given.output, given.minutes)
+    device = settle(pick_device(given.device))
+    with tempfile.TemporaryDirectory(prefix="ldm-ray-gpu-") as folder:
+        train, test = (load_source(given.dataset, split, Path(folder)) for split in ("train", "test"))
+        images, labels = train.decode()
+        images, labels = images[: given.images], labels[: given.images]
+        bench = Bench(report, device, images, labels, test.decode()[0], given.timed, Path(folder))
+        for name in given.only:
+            report.attempt(name, "this part", partial(PARTS[name], bench))
+    print(f"written to {given.output}")
+
+
+if __name__ == "__main__":
+    main()
