@@ -24,6 +24,7 @@ from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError
 from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
+from ldm_ray.models.registry import detect
 from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, write_bytes
 from ldm_ray.record import FORMAT_VERSION
@@ -35,7 +36,7 @@ from ldm_ray.restore import (
     schedule_of,
 )
 from ldm_ray.safe_load import naming, with_tensors
-from ldm_ray.weights import kind_of, unwrapped
+from ldm_ray.weights import kind_of, named, unwrapped
 
 SUMMARY = (
     *("format_version", "epoch", "global_step", "train_loss", "val_loss", "train_seconds"),
@@ -106,15 +107,29 @@ def opened(path: AnyPath, whole: bool = False) -> Iterator[tuple[dict[str, Any],
 
 
 def read(path: AnyPath) -> tuple[dict[str, Any], str]:
-    """As ``opened``, with all tensors read."""
-    with opened(path, whole=True) as (content, kind):
-        return with_tensors(content, path), kind
+    """As ``opened``, with all tensors read, and the training state checked where there is one."""
+    with opened(path, whole=True) as (content, kind), naming(path):
+        read = with_tensors(content)
+        if content.get("format_version") and "training" in content:
+            record.training(read["training"])
+        return read, kind
 
 
 def glance(path: AnyPath) -> tuple[dict[str, Any], str]:
     """As ``opened``, for what is beside the tensors."""
     with opened(path) as found:
         return found
+
+
+def autoencoder_type(path: AnyPath) -> tuple[str, int | None]:
+    """(type, the one digit it was trained on) of an autoencoder, without its numbers; ("", None) of a denoiser.
+    CheckpointError; ``Foreign`` for a file of something else."""
+    content, kind = glance(path)
+    if kind != "autoencoder":
+        return "", None
+    with naming(path):
+        found, _ = detect(named(content["model"], "autoencoder"), content["args"])
+    return found, content["args"].get("only_digit")
 
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:

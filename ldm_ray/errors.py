@@ -15,3 +15,7 @@ class DataError(LdmError):
 
 class CheckpointError(LdmError):
     """A checkpoint file."""
+
+
+class Foreign(CheckpointError):
+    """A file that is no checkpoint, or the checkpoint of something else."""

@@ -87,6 +87,13 @@ def dictionary(value: Any) -> dict[str, Any]:
     return value
 
 
+def best(value: Any) -> dict[str, Any]:
+    """The best epoch so far; its loss is infinite before there is one."""
+    if not isinstance(value, dict) or type(value.get("val_loss")) not in (int, float) or "epoch" not in value:
+        raise Wrong("a dictionary of val_loss and epoch")
+    return value
+
+
 DIGIT = whole(0, MAX_CLASSES - 1)
 # What is None is as good as missing, everywhere.
 TOP: dict[str, Check] = {
@@ -131,9 +138,12 @@ TRAINING: dict[str, Check] = {
     "step": whole(0, MAX_COUNT),
     "loss_sum": number(-1e300, 1e300),
     "finished": flag,
-    "best": dictionary,
+    "best": best,
+    "optimizer": dictionary,
+    "scaler": dictionary,
 }
 GROUPS: dict[str, dict[str, Check]] = {"args": ARGS, "schedule": ARGS, "config": {}, "data": {}, "versions": {}}
+HYPER = ("hyper_parameters", "hparams", "config")  # where other trainers keep what is in args here
 LOOSE = ("config", "data", "versions", "quality")  # words that other trainers use for other things
 
 
@@ -141,6 +151,9 @@ def checked(content: dict[str, Any]) -> dict[str, Any]:
     """The content with everything but weights and training state as plain data that was checked; ``args``,
     ``schedule``, ``config``, ``data`` and ``versions`` are dictionaries. CheckpointError without the file's name."""
     plain, made = Plain(), dict(content)
+    if made.get("args") is None and made.get("format_version") is None:
+        groups = [made[key] for key in HYPER if isinstance(made.get(key), dict)]
+        made["args"] = {key: group[key] for group in groups[:1] for key in ARGS if key in group and key != "model"}
     for key in LOOSE:
         if made.get("format_version") is None and not isinstance(made.get(key), dict):
             made.pop(key, None)

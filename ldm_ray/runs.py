@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ldm_ray.checkpoint import AutoencoderCheckpoint, load_autoencoder, read
+from ldm_ray.checkpoint import AutoencoderCheckpoint, autoencoder_type, load_autoencoder
 from ldm_ray.config import SPACES, AutoencoderConfig, RunConfig
-from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.errors import CheckpointError, ConfigError, Foreign
 from ldm_ray.models.registry import REGISTRY
 from ldm_ray.paths import AnyPath
 
@@ -123,10 +124,22 @@ def check_writable(outdir: AnyPath) -> None:
         raise ConfigError(f"--outdir {outdir} cannot be written: {error.strerror or error}") from None
 
 
+def newest_first(files: Iterable[AnyPath]) -> list[AnyPath]:
+    """Those that can be looked at: no dangling link, no loop of links."""
+    dated = []
+    for file in files:
+        try:
+            dated.append((file.stat().st_mtime, str(file), file))
+        except OSError as error:
+            log.debug("passed over: %s: %s", file, error)
+    return [file for _, _, file in sorted(dated, key=lambda each: each[:2], reverse=True)]
+
+
 def diffusion_checkpoints(base: AnyPath, spaces: Sequence[str] = SPACES) -> list[AnyPath]:
     """The ``latest.pt`` of every denoiser run under an output directory, the newest first."""
-    found = [file for space in spaces for file in (base / "checkpoints").glob(f"{space}-diffusion-*/latest.pt")]
-    return sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
+    return newest_first(
+        file for space in spaces for file in (base / "checkpoints").glob(f"{space}-diffusion-*/latest.pt")
+    )
 
 
 def newest_diffusion(base: AnyPath, spaces: Sequence[str] = SPACES) -> AnyPath | None:
@@ -135,31 +148,47 @@ def newest_diffusion(base: AnyPath, spaces: Sequence[str] = SPACES) -> AnyPath |
 
 
 def find_autoencoder(
-    folder: AnyPath, only_digit: int | None = None, kinds: Sequence[str] | None = None
+    folder: AnyPath, only_digit: int | None = None, kinds: Sequence[str] | None = None, recorded: str | None = None
 ) -> AutoencoderCheckpoint | None:
     """The newest autoencoder checkpoint under a folder, by registered type in order: Conv first, then MLP.
 
-    kinds: only these types. One trained on a single digit is taken only for that digit. Unreadable files
-    are passed over with a note.
+    kinds: only these types. recorded: where one was once, in a file that is not trusted; of several of a type, those
+    whose last names are the same come first, and the path itself is never followed. One trained on a single digit is
+    taken only for that digit. Of each file only what is beside its tensors is read, but of the one that is taken.
     """
-    files = [file for file in folder.rglob("*.pt") if not file.name.startswith(".")]
+    files = newest_first(file for file in folder.rglob("*.pt") if not file.name.startswith("."))
     settled = {file.parent for file in files if file.name == "latest.pt"}
     files = [file for file in files if file.name == "latest.pt" or file.parent not in settled]
-    files.sort(key=lambda file: (file.stat().st_mtime, str(file)), reverse=True)
+    if recorded:
+        wanted_names = re.split(r"[/\\]", recorded[-1000:])[::-1]
+        files.sort(key=lambda file: names_alike(re.split(r"[/\\]", str(file))[::-1], wanted_names), reverse=True)
     wanted = list(kinds or REGISTRY)
-    best: dict[str, AutoencoderCheckpoint] = {}
+    by_type: dict[str, list[AnyPath]] = {kind: [] for kind in wanted}
     for file in files:
         try:
-            if read(file)[1] != "autoencoder":
-                continue
-            found = load_autoencoder(file)
+            kind, digit = autoencoder_type(file)
+        except CheckpointError as error:
+            log.log(logging.DEBUG if isinstance(error, Foreign) else logging.WARNING, "passed over: %s", error)
+            continue
+        if kind not in by_type:
+            continue
+        if digit not in (None, only_digit):
+            log.info("passed over: %s was trained on digit %s alone", file, digit)
+            continue
+        by_type[kind].append(file)
+        if kind == wanted[0]:
+            try:
+                return load_autoencoder(file)
+            except CheckpointError as error:
+                log.warning("passed over: %s", error)
+    for file in (file for kind in wanted[1:] for file in by_type[kind]):
+        try:
+            return load_autoencoder(file)
         except CheckpointError as error:
             log.warning("passed over: %s", error)
-            continue
-        if found.only_digit not in (None, only_digit):
-            log.info("passed over: %s was trained on digit %s alone", file, found.only_digit)
-            continue
-        best.setdefault(found.codec.kind, found)
-        if wanted[0] in best:
-            break
-    return next((best[kind] for kind in wanted if kind in best), None)
+    return None
+
+
+def names_alike(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many names two paths share, from the last."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ldm_ray.config import MAX_PARAMETERS
-from ldm_ray.errors import CheckpointError, ConfigError, LdmError
+from ldm_ray.errors import CheckpointError, ConfigError, Foreign, LdmError
 from ldm_ray.paths import AnyPath
 from ldm_ray.text import shown
 from ldm_ray.untrusted.archives import LEGACY, read_legacy, read_safetensors, read_zip
@@ -25,10 +23,6 @@ MAX_DEPTH = 50
 MAX_NODES = 50_000
 MAX_TEXT = 4096
 MAX_TEXTS = 2**20  # characters of all metadata together
-
-
-class Foreign(CheckpointError):
-    """A file that is no file of weights at all."""
 
 
 @contextmanager
@@ -115,11 +109,12 @@ def layout(source: Source) -> Any:
         return read_legacy(source)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < source.size:
         return read_safetensors(source)
-    raise Foreign(f"is {kind_of(start) or 'no torch file, or damaged'}")
+    what = kind_of(start) or "no torch file, or damaged"
+    raise Foreign(f"is {what}" if ":" in what or "," in what else f"is {what}, not a checkpoint")
 
 
-def with_tensors(value: Any, path: AnyPath) -> Any:
-    """The same with every tensor read."""
+def with_tensors(value: Any) -> Any:
+    """The same with every tensor read. CheckpointError without the file's name."""
     known: dict[int, Any] = {}
 
     def read(value: Any, depth: int) -> Any:
@@ -141,8 +136,7 @@ def with_tensors(value: Any, path: AnyPath) -> Any:
             known[id(value)] = items if isinstance(value, list) else tuple(items)
         return known[id(value)]
 
-    with naming(path):
-        return read(value, 0)
+    return read(value, 0)
 
 
 class Plain:
@@ -166,11 +160,11 @@ class Plain:
             return value
         if isinstance(value, bytes):
             return shown(value)
-        if isinstance(value, Tensor):
-            return f"a tensor of shape {tuple(value.shape)}"
         if isinstance(value, Stored) and value.numel() == 1 and value.dim() == 0 and not value.problem:
             return value.item()
-        return self.text(value if isinstance(value, str) else str(value))
+        if isinstance(value, str):
+            return self.text(value)
+        return self.text(str(value)) if depth else Unread(str(value))
 
     def text(self, value: str) -> str:
         made = shown(value, MAX_TEXT)

@@ -8,11 +8,13 @@ MAX_DIGITS = 200  # bits of a whole number that is written out
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value in at most about ``most`` printable characters; of a container only what it is."""
+    """A value in at most about ``most`` printable characters; of a container only what it is, but for a few numbers."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > MAX_DIGITS:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (bool, int, float)) or value is None:
         return str(value)
+    if isinstance(value, (list, tuple)) and len(value) <= 4 and all(type(each) in (int, float) for each in value):
+        return f"[{', '.join(shown(each) for each in value)}]"
     if isinstance(value, (list, tuple, dict, set, bytes)):
         return f"a {type(value).__name__} of {len(value)}"
     text = value if isinstance(value, str) else str(value)

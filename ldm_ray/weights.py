@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ldm_ray.config import MAX_PARAMETERS
-from ldm_ray.errors import CheckpointError
+from ldm_ray.errors import CheckpointError, Foreign
 from ldm_ray.models.registry import REGISTRY
-from ldm_ray.safe_load import Foreign
 from ldm_ray.text import listed, quoted
 from ldm_ray.untrusted.tensors import FLOATS, Stored, Unread
 

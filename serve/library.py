@@ -22,6 +22,7 @@ from serve.schemas import MAX_IMAGES, MAX_SCALE
 from serve.settings import Settings, check_size
 
 WARM_IMAGES = 64
+WARM_S = 300
 log = logging.getLogger("ray.serve")
 
 
@@ -36,7 +37,7 @@ class Served:
         self.generator, args = Generator.open(path, pick_device(settings.device), ae_ckpt, search=search)
         check_size(path, self.generator.codec.image_size)
         self.only_digit: int | None = args.get("only_digit")
-        told = checkpoint.summary(checkpoint.read(path)[0])
+        told = checkpoint.summary(checkpoint.glance(path)[0])
         self.quality = {key: told[key] for key in ("epoch", "train_loss", "val_loss") if key in told}
         self.created = int(path.stat().st_mtime)
         self.fingerprint = self.generator.fingerprint
@@ -55,7 +56,8 @@ class Served:
                     on_done=partial(settled, done),
                 )
                 self.slots.submit(job)
-                done.wait()
+                if not done.wait(WARM_S):
+                    raise LdmError(f"{self.path.name} has not made its first images within {WARM_S} s")
                 if any(outcome is not Outcome.DONE for outcome in job.outcomes):
                     raise LdmError(f"{self.path.name} makes images of numbers that are not finite")
 

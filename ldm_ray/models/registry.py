@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.errors import CheckpointError, ConfigError, Foreign
 from ldm_ray.text import listed, quoted
 
 MAX_LATENT_DIM = 1024
@@ -62,7 +62,7 @@ def detect(state: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[str, int]
     seen = next((entry for entry in REGISTRY.values() if entry.latent_key in state), None)
     if seen is None:
         names = listed(list(state), 3)
-        raise CheckpointError(
+        raise Foreign(
             f"the weights fit no registered autoencoder ({', '.join(REGISTRY)}); their first names are {names}"
         )
     if said is not None and said != seen.name:

@@ -239,10 +239,5 @@ def test_unusable_denoisers_are_refused(tmp_path: Path, changes: dict[str, Any],
 def test_denoisers_of_wrong_shapes_are_refused(tmp_path: Path, changes: dict[str, torch.Tensor]) -> None:
     torch.save({"model": Denoiser(hidden_dim=16).state_dict() | changes}, tmp_path / "d.pt")
     message = refusal(load_diffusion, tmp_path / "d.pt")
-    assert (
-        "not the denoiser's" in message
-        or "NaN" in message
-        or "a hidden size of 8192" in message
-        or "at most" in message
-    )
+    assert any(words in message for words in ("not the denoiser's", "NaN", "is too large", "has embeddings of 300000"))
     assert "allocate" not in message
