@@ -12,6 +12,7 @@ from ldm_ray.errors import CheckpointError
 from ldm_ray.models.registry import MAX_LATENT_DIM, MAX_SIDE
 from ldm_ray.safe_load import Plain
 from ldm_ray.text import quoted, shown
+from ldm_ray.untrusted.tensors import Unread
 
 FORMAT_VERSION = 1
 KINDS = ("autoencoder", "latent_diffusion", "pixel_diffusion")
@@ -164,7 +165,8 @@ def checked(content: dict[str, Any]) -> dict[str, Any]:
     for key, checks in GROUPS.items():
         value = made.get(key) or {}
         if not isinstance(value, dict):
-            raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a dictionary")
+            what = str(value) if isinstance(value, Unread) else f"a {type(value).__name__}"
+            raise CheckpointError(f"{key!r} is {what}, not a dictionary")
         made[key] = value
         apply(value, checks, key)
     apply(made, TOP, "")

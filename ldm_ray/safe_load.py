@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ldm_ray.config import MAX_PARAMETERS
 from ldm_ray.errors import CheckpointError, ConfigError, Foreign, LdmError
 from ldm_ray.paths import AnyPath
 from ldm_ray.text import shown
 from ldm_ray.untrusted.archives import LEGACY, read_legacy, read_safetensors, read_zip
 from ldm_ray.untrusted.signatures import kind_of
-from ldm_ray.untrusted.tensors import Source, Stored, Unread
+from ldm_ray.untrusted.tensors import Source, Stored, Unread, shape_text
 
 MAX_FILE = 3 * 2**30
 MAX_REMOTE = 2**29  # of a file in an object store, which is read whole
@@ -164,6 +166,8 @@ class Plain:
             return value.item()
         if isinstance(value, str):
             return self.text(value)
+        if isinstance(value, Tensor):
+            value = Unread(f"a tensor of shape {shape_text(tuple(value.shape))}")
         return self.text(str(value)) if depth else Unread(str(value))
 
     def text(self, value: str) -> str:

@@ -85,7 +85,7 @@ def kind_of(model: Mapping[Any, Any]) -> str:
 
 def named(value: Any, what: str) -> State:
     """The tensors of a state dict by their plain names, without counters and without what other parts of a trainer's
-    module hold. CheckpointError without the file's name."""
+    module hold; each can be weights. CheckpointError without the file's name."""
     if not isinstance(value, dict) or not value:
         raise CheckpointError(f"has no {what} weights")
     if len(value) > MAX_WEIGHTS:
@@ -106,11 +106,14 @@ def named(value: Any, what: str) -> State:
     prefixes = {prefix for prefix in prefixes if not prefix or prefix.endswith(".")}
     chosen = min(prefixes, key=lambda prefix: ("ema" not in prefix.lower(), len(prefix)), default="")
     others = tuple(prefix for prefix in prefixes if prefix and prefix != chosen and not chosen.startswith(prefix))
-    return {
+    kept = {
         name.removeprefix(chosen): tensor
         for name, tensor in state.items()
         if name.startswith(chosen) and not (others and name.startswith(others))
     }
+    for name, tensor in kept.items():
+        check(name, tensor, what)
+    return kept
 
 
 def is_counter(tensor: Any) -> bool:
@@ -125,8 +128,6 @@ def is_number(tensor: Stored | Tensor) -> bool:
 def state_dict_of(value: Any, what: str) -> dict[str, Tensor]:
     """A state dict as plain names → finite dense float32 tensors. CheckpointError without the file's name."""
     state = named(value, what)
-    for name, tensor in state.items():
-        check(name, tensor, what)
     size = sum(4 * math.prod(tensor.shape) for tensor in state.values())
     if size > MAX_BYTES:
         raise CheckpointError(f"has {size / 1e6:,.0f} MB of {what} weights; at most {MAX_BYTES / 1e6:,.0f} are read")

@@ -20,7 +20,7 @@ from ldm_ray.models.conditioning import ConditionedDenoiser, filled_with, sizes_
 GROUPS = 8  # of each normalisation, and what the channels are a multiple of
 SIZE_MULTIPLE = 4  # halved twice
 MAX_SIDE = 256
-MAX_WORK = 2**28  # height × width × channels², which the time of a step grows with
+MAX_WORK = 2**26  # height × width × channels², which the time of a step grows with
 
 
 class ResidualBlock(nn.Module):

@@ -66,8 +66,8 @@ def read_zip(source: Source) -> Any:
 
     def storage(identity: Any) -> Any:
         dtype, key, location, count = storage_of(identity)
-        if location == "meta":
-            return Unread("a tensor without numbers")
+        if location == "meta" or dtype is None:
+            return Unread("a tensor without numbers" if dtype else "a quantised tensor")
         entry = entries.get(f"{root}/data/{key}")
         if entry is None:
             raise CheckpointError(f"is damaged: the numbers {quoted(key, 40)} of a tensor are not in it")
@@ -76,15 +76,15 @@ def read_zip(source: Source) -> Any:
     return Machine(storage).run(io.BytesIO(source.bytes_at(data.start, data.size)))
 
 
-def storage_of(identity: Any) -> tuple[torch.dtype, str, Any, int]:
-    """(type, key, place, count of numbers) of a persistent id. ValueError."""
+def storage_of(identity: Any) -> tuple[torch.dtype | None, str, Any, int]:
+    """(type, None for a quantised one; key; place; count of numbers) of a persistent id. ValueError."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         raise ValueError("it names something that is no storage")
     _, kind, key, location, count = identity[:5]
-    dtype = DTYPES.get(kind.full.rpartition(".")[2]) if isinstance(kind, Name) else None
-    if dtype is None or not isinstance(key, str) or type(count) is not int or count < 0:
+    name = kind.full.rpartition(".")[2] if isinstance(kind, Name) else ""
+    if not name.endswith("Storage") or not isinstance(key, str) or type(count) is not int or count < 0:
         raise ValueError("a storage of an unknown type")
-    return dtype, key[:100], location, count
+    return DTYPES.get(name), key[:100], location, count
 
 
 def zip_entries(source: Source) -> dict[str, Entry]:
@@ -162,6 +162,8 @@ def read_legacy(source: Source) -> Any:
 
     def storage(identity: Any) -> Any:
         dtype, key, _, count = storage_of(identity)
+        if dtype is None:
+            raise CheckpointError("holds quantised tensors")
         if len(identity) > 5 and identity[5] is not None:
             raise CheckpointError("holds views of storages, as torch wrote them before version 0.4")
         storages.setdefault(key, (dtype, count))

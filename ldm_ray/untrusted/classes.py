@@ -21,6 +21,8 @@ from ldm_ray.untrusted.tensors import DTYPES, Storage, Stored, Unread, contiguou
 PLAIN_TYPES = {"int", "float", "str", "bool", "list", "dict", "tuple", "set", "object", "bytes", "complex", "NoneType"}
 MAX_KEY_BITS = 60  # whole numbers below that are spread over a dictionary
 TORCH_TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+QUANTISED = {"QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage",
+             "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"}  # fmt: skip
 NUMPY_CODES = re.compile(r"[<>|=]?([?]|b1|[fiu][1248])")
 
 
@@ -62,7 +64,7 @@ def known_as(module: str, name: str) -> Name | None:
     full = f"{module}.{name}"
     if full in RULES or full in VALUES or (module == "builtins" and name in PLAIN_TYPES):
         return Name(full)
-    if module == "torch" and (name in DTYPES or name in TORCH_TYPES):
+    if module in ("torch", "torch.storage") and (name in DTYPES or name in TORCH_TYPES or name in QUANTISED):
         return Name(full)
     if module == "numpy" and re.fullmatch(r"(u?int|float)(8|16|32|64)|bool_?|str_", name):
         return Name(full)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.helpers.data import ROOT
 
-KILLED_AFTER_S = 60
+KILLED_AFTER_S = 120
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def measured(module: str, argv: Sequence[str]) -> dict[str, object]:
             texts[name] = stream.read()
     peak = used.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     code = os.waitstatus_to_exitcode(status)
-    return {"code": code, "cpu_s": used.ru_utime + used.ru_stime, "mb": peak} | texts
+    return {"code": code, "cpu_s": used.ru_utime + used.ru_stime, "mb": peak, **texts}
 
 
 if __name__ == "__main__":

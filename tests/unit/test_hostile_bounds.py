@@ -145,7 +145,7 @@ CASES: dict[str, Callable[[], bytes | dict[str, Any]]] = {
     "a million names": lambda: with_pickle(
         b"\x80\x02}" + text(b"model") + b"}(" + b"".join(text(b"n%d" % i) + b"N" for i in range(1_000_000)) + b"us."),
     "2,000 blocks": lambda: denoiser(num_blocks=2000),
-    "tables of gigabytes": lambda: denoiser(hidden_dim=512, num_blocks=4, args={"T": 100_000}),
+    "tables of gigabytes": lambda: denoiser(hidden_dim=512, num_blocks=4, args={"T": 100_000, "beta_end": 1e-3}),
     "a long embedding": lambda: {"model": Denoiser(hidden_dim=8, num_blocks=1, embedding_dim=8192).state_dict()},
     "no classes": lambda: {"model": Denoiser(hidden_dim=8, num_classes=0).state_dict(), "args": {}},
     "latents of 4,096 numbers": lambda: {"model": dict(registry.build("mlp", 4096).state_dict()), "args": {}},
