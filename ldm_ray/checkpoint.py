@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,26 +18,27 @@ import torch
 from torch import Tensor
 
 import ldm_ray
+from ldm_ray import record, safe_load
 from ldm_ray.classes import labels_in, names_in
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.errors import CheckpointError
 from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
+from ldm_ray.models.registry import detect
 from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, write_bytes
+from ldm_ray.record import FORMAT_VERSION
 from ldm_ray.restore import (
     UNFINISHED,
     AutoencoderCheckpoint,
     codec_of,
     denoiser_of,
     from_embedded,
-    prediction_type_of,
     schedule_of,
 )
-from ldm_ray.safe_load import plain, read_torch_file
+from ldm_ray.safe_load import naming, with_tensors
+from ldm_ray.weights import kind_of, named, unwrapped
 
-FORMAT_VERSION = 1
-KINDS = ("autoencoder", "latent_diffusion", "pixel_diffusion")
 SUMMARY = (
     *("format_version", "epoch", "global_step", "train_loss", "val_loss", "train_seconds"),
     *("quality", "data", "config", "args", "versions"),
@@ -97,39 +100,49 @@ def write(path: AnyPath, content: dict[str, Any]) -> None:
     write_bytes(path, buffer.getbuffer(), durable=True)
 
 
+@contextmanager
+def opened(path: AnyPath, whole: bool = False) -> Iterator[tuple[dict[str, Any], str]]:
+    """(content, kind: one of ``KINDS``): metadata plain and checked, weights as ``model`` and ``ema`` and not read yet.
+
+    whole: the training state is wanted too. CheckpointError in one line.
+    """
+    with safe_load.opened(path, whole) as found:
+        with naming(path):
+            content = record.checked(unwrapped(found))
+        yield content, content.get("kind") or kind_of(content["model"])
+
+
 def read(path: AnyPath) -> tuple[dict[str, Any], str]:
-    """(content with plain metadata, kind: one of ``KINDS``). CheckpointError in one line."""
-    content = read_torch_file(path)
-    version = content.get("format_version", 0)
-    if not isinstance(version, int) or isinstance(version, bool) or version > FORMAT_VERSION:
-        needed = plain(content.get("versions"))
-        needed = needed.get("ldm_ray", "a newer version") if isinstance(needed, dict) else "a newer version"
-        raise CheckpointError(
-            f"checkpoint {path} has format {version!r}, this ldm_ray reads up to {FORMAT_VERSION}: "
-            f"install ldm_ray {' '.join(str(needed).split())[:80]}"
-        )
-    try:
-        content |= {key: plain(content[key]) for key in (*SUMMARY, "exp_name") if key in content}
-    except RecursionError:
-        raise CheckpointError(f"checkpoint {path}: its metadata is nested without end") from None
-    for key in ("args", "config", "data", "schedule", "metrics", "versions"):
-        content[key] = plain(content.get(key)) or {}
-        if not isinstance(content[key], dict):
-            raise CheckpointError(f"checkpoint {path}: {key!r} is a {type(content[key]).__name__}, not a dictionary")
-    if not isinstance(content.get("model"), dict):
-        raise CheckpointError(f"checkpoint {path} has no 'model' weights")
-    names = {str(name).replace("_orig_mod.", "").replace("module.", "") for name in content["model"]}
-    kind = content.get("kind") or ("latent_diffusion" if "time.fc1.weight" in names else "autoencoder")
-    if kind not in KINDS:
-        raise CheckpointError(f"checkpoint {path} is of kind {str(kind)[:40]!r}; known are {', '.join(KINDS)}")
-    return content, kind
+    """As ``opened``, with all tensors read, and the training state checked where there is one."""
+    with opened(path, whole=True) as (content, kind), naming(path):
+        read = with_tensors(content)
+        if content.get("format_version") and "training" in content:
+            record.training(read["training"])
+        return read, kind
+
+
+def glance(path: AnyPath) -> tuple[dict[str, Any], str]:
+    """As ``opened``, for what is beside the tensors."""
+    with opened(path) as found:
+        return found
+
+
+def autoencoder_type(path: AnyPath) -> tuple[str, int | None]:
+    """(type, the one digit it was trained on) of an autoencoder, without its numbers; ("", None) of a denoiser.
+    CheckpointError; ``Foreign`` for a file of something else."""
+    content, kind = glance(path)
+    if kind != "autoencoder":
+        return "", None
+    with naming(path):
+        found, _ = detect(named(content["model"], "autoencoder"), content["args"])
+    return found, content["args"].get("only_digit")
 
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:
-    """The metadata worth showing."""
-    found = {"state": state} if (state := state_of(content)) else {}
-    found |= {key: plain(content[key]) for key in SUMMARY if content.get(key) not in (None, {})}
-    return found | {"exp_name": str(content["exp_name"])} if content.get("exp_name") else found
+    """The metadata worth showing, of content that was checked."""
+    state = state_of(content)
+    worth = {key: content[key] for key in (*SUMMARY, "exp_name") if content.get(key) not in (None, {})}
+    return ({"state": state} if state else {}) | worth
 
 
 def state_of(content: dict[str, Any]) -> str:
@@ -144,10 +157,10 @@ def state_of(content: dict[str, Any]) -> str:
 
 def load_autoencoder(path: AnyPath) -> AutoencoderCheckpoint:
     """Reads an autoencoder checkpoint; its type comes from the file. Raises CheckpointError in one line."""
-    content, kind = read(path)
-    if kind != "autoencoder":
-        raise CheckpointError(f"checkpoint {path} holds a denoiser, not an autoencoder")
-    codec = codec_of(content["model"], content["args"], content.get("statistics"), path)
+    with opened(path) as (content, kind):
+        if kind != "autoencoder":
+            raise CheckpointError(f"checkpoint {path} holds a denoiser, not an autoencoder")
+        codec = codec_of(content["model"], content["args"], content.get("statistics"), path)
     return AutoencoderCheckpoint(
         codec=codec,
         path=str(path),
@@ -163,15 +176,19 @@ def load_diffusion(path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = 
     ae_ckpt: wins over the one inside; a hash other than the recorded one is an error unless ``force``.
     Raises CheckpointError in one line.
     """
-    content, kind = read(path)
-    if kind == "autoencoder":
-        raise CheckpointError(f"checkpoint {path} holds an autoencoder, not a denoiser: see --ae-ckpt")
-    pixels, args = kind == "pixel_diffusion", content["args"] | content["schedule"]
-    denoiser, schedule = denoiser_of(content, pixels, path), schedule_of(args, path)
-    prediction_type = prediction_type_of(content, path)
-    if pixels and ae_ckpt is not None:
-        raise CheckpointError(f"{path} diffuses pixels and has no autoencoder: leave --ae-ckpt out")
-    autoencoder = from_embedded(content.get("autoencoder"), path)
+    with opened(path) as (content, kind):
+        if kind == "autoencoder":
+            raise CheckpointError(f"checkpoint {path} holds an autoencoder, not a denoiser: see --ae-ckpt")
+        pixels, args = kind == "pixel_diffusion", content["args"] | content["schedule"]
+        schedule = schedule_of(args, path)
+        denoiser = denoiser_of(content, pixels, schedule.num_train_timesteps, path)
+        if pixels and ae_ckpt is not None:
+            raise CheckpointError(f"{path} diffuses pixels and has no autoencoder: leave --ae-ckpt out")
+        autoencoder = from_embedded(content.get("autoencoder"), path)
+    if (args.get("only_digit") or 0) >= denoiser.num_classes:
+        raise CheckpointError(
+            f"checkpoint {path}: 'args.only_digit' is {args['only_digit']}, of {denoiser.num_classes} classes"
+        )
     if ae_ckpt is not None:
         given, recorded = load_autoencoder(ae_ckpt), autoencoder
         if recorded is not None and recorded.sha256 != given.sha256 and not force:
@@ -198,7 +215,7 @@ def load_diffusion(path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = 
         schedule=schedule,
         codec=codec,
         autoencoder=autoencoder,
-        prediction_type=prediction_type,
+        prediction_type=content.get("prediction_type") or "epsilon",
         path=str(path),
         sha256=file_sha256(path),
         info=summary(content),

@@ -22,6 +22,10 @@ from ldm_ray.paths import AnyPath, local_path, to_path
 MAX_SEED = 2**32 - 1
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SAMPLERS = ("dpmpp_2m_sde", "unipc", "dpmpp_2m", "ddim", "ddpm")
+MAX_BLOCKS, MAX_HIDDEN = 64, 8192
+EMBEDDING_DIM = 256
+MAX_TABLES = 2**26  # numbers
+MAX_PARAMETERS = 3 * 2**26  # of a network that is read again
 NUM_BLOCKS = 4  # of the denoiser, as published
 GUIDANCE_SCALE = 2.75  # chosen with its start by measurement: docs/sampling.md
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
@@ -167,10 +171,10 @@ class TrainConfig(RunConfig):
         "width of the denoiser; of the U-Net, its channels at full resolution",
         {"best": 256, "classic": 256, "best, pixel": 32, "classic, pixel": 32},
         low=8,
-        high=8192,
+        high=MAX_HIDDEN,
     )
     num_blocks: int = option(
-        NUM_BLOCKS, "residual blocks of the denoiser of latents, two FiLM layers each", low=1, high=64
+        NUM_BLOCKS, "residual blocks of the denoiser of latents, two FiLM layers each", low=1, high=MAX_BLOCKS
     )
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", low=0, high=1)
     whiten: bool = by_recipe(
@@ -207,6 +211,8 @@ class TrainConfig(RunConfig):
                     raise ConfigError(f"--{flag} belongs to --space latent; --space pixel has no autoencoder")
             if self.num_blocks != NUM_BLOCKS:
                 raise ConfigError("--num-blocks belongs to --space latent; the U-Net of --space pixel has one shape")
+        else:
+            check_tables(self.num_train_timesteps, self.num_blocks, self.hidden_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +285,23 @@ class InferConfig(SamplingConfig):
     show_process: bool = option(False, "also write the denoising, as a strip and as a GIF")
     process_steps: int = option(10, "pictures in the strip, one a step at most", low=2, high=1000)
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
+
+
+def check_tables(timesteps: int, num_blocks: int, hidden_dim: int, embedding_dim: int = EMBEDDING_DIM) -> None:
+    """ConfigError unless a denoiser's tables for sampling, T × 2·blocks × 2·hidden numbers, can be made quickly."""
+    size = 4 * timesteps * num_blocks * hidden_dim
+    if not (1 <= num_blocks <= MAX_BLOCKS and 1 <= hidden_dim <= MAX_HIDDEN) or size > MAX_TABLES:
+        raise ConfigError(
+            f"T {timesteps} × {num_blocks} blocks × hidden size {hidden_dim}: at most {MAX_BLOCKS} blocks, a hidden "
+            f"size of {MAX_HIDDEN}, and {MAX_TABLES // 4:,} for the product are possible"
+        )
+    if 2 * num_blocks * hidden_dim * (hidden_dim + 2 * embedding_dim) > MAX_PARAMETERS:
+        raise ConfigError(
+            f"{num_blocks} blocks of hidden size {hidden_dim} have more than {MAX_PARAMETERS:,} weights, the most that "
+            "a checkpoint may have"
+        )
+    if size * embedding_dim > MAX_TABLES * 2 * EMBEDDING_DIM:
+        raise ConfigError(f"an embedding of {embedding_dim} numbers is too long for tables of that size")
 
 
 def canonical(settings: dict[str, Any]) -> dict[str, Any]:

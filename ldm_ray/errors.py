@@ -19,3 +19,7 @@ class CheckpointError(LdmError):
 
 class DiskError(LdmError):
     """A disk that takes no more."""
+
+
+class Foreign(CheckpointError):
+    """A file that is no checkpoint, or the checkpoint of something else."""

@@ -30,6 +30,7 @@ from ldm_ray.models.tabled import TabledDenoiser, for_sampling
 from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, to_path
 from ldm_ray.progress import Progress
+from ldm_ray.text import shown
 from ldm_ray.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles, single_threaded
 
 ENGINE = 2  # goes up with every change to what a seed's bytes are
@@ -263,8 +264,8 @@ def load(
 ) -> DiffusionCheckpoint:
     """Reads a denoiser checkpoint with an autoencoder.
 
-    Where the file carries none and none is given, it is taken from the recorded path, else from the folders of
-    ``search`` by its recorded type. Raises CheckpointError, also when there is none.
+    Where the file carries none and none is given, it is taken from the folders of ``search`` by its recorded type.
+    Raises CheckpointError, also when there is none.
     """
     loaded = load_diffusion(path, ae_ckpt, force)
     if loaded.codec is None:
@@ -272,8 +273,8 @@ def load(
         found = recorded_autoencoder(args, search)
         if found is None:
             raise CheckpointError(
-                f"checkpoint {path} carries no autoencoder: name the {args.get('ae_model', 'autoencoder')} "
-                f"checkpoint it was trained with by --ae-ckpt (it was {args.get('ae_ckpt', 'not recorded')})"
+                f"checkpoint {path} carries no autoencoder: name the {shown(args.get('ae_model') or 'autoencoder')} "
+                f"checkpoint it was trained with by --ae-ckpt (it was {shown(args.get('ae_ckpt') or 'not recorded')})"
             )
         log.info("autoencoder: %s, found by its recorded type; --ae-ckpt names another", found)
         loaded = load_diffusion(path, found, force)
@@ -288,14 +289,19 @@ def filled(rows: Tensor, size: int) -> Tensor:
 
 
 def recorded_autoencoder(args: dict[str, Any], search: Sequence[AnyPath]) -> AnyPath | None:
-    """The autoencoder that a checkpoint without one names: its path, else the newest of its type."""
-    path = args.get("ae_ckpt")
-    if isinstance(path, str) and to_path(path).is_file():
-        return to_path(path)
+    """The autoencoder that a checkpoint without one names, by its type; of several the one whose file has the names
+    that were recorded, else the newest. The recorded path is a stranger's and never followed."""
     kind = str(args.get("ae_model") or "").removeprefix("ae-")
     for folder in search:
-        if kind in REGISTRY and folder.is_dir():
-            found = runs.find_autoencoder(folder, args.get("ae_only_digit"), [kind])
+        if kind in REGISTRY and is_folder(folder):
+            found = runs.find_autoencoder(folder, args.get("ae_only_digit"), [kind], args.get("ae_ckpt"))
             if found is not None:
                 return to_path(found.path)
     return None
+
+
+def is_folder(path: AnyPath) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

@@ -18,6 +18,7 @@ from ldm_ray import cli
 from ldm_ray.config import outdir
 from ldm_ray.errors import ConfigError
 from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.text import shown
 
 PROG = "python -m ldm_ray.inspect"
 
@@ -99,7 +100,7 @@ def describe(path: AnyPath) -> dict[str, Any]:
     """What the file holds. CheckpointError when it is no usable checkpoint."""
     from ldm_ray import checkpoint
 
-    content, kind = checkpoint.read(path)
+    content, kind = checkpoint.glance(path)
     found: dict[str, Any] = {"file": str(path), "kind": kind}
     if kind == "autoencoder":
         loaded = checkpoint.load_autoencoder(path)
@@ -144,10 +145,10 @@ def show(values: dict[str, Any], indent: str = "") -> None:
     """Prints nested values, a line each."""
     for key, value in values.items():
         if isinstance(value, dict):
-            print(f"{indent}{key}")
+            print(f"{indent}{shown(key)}")
             show(value, indent + "  ")
         else:
-            print(f"{indent}{key:<{max(1, 26 - len(indent))}} {value}")
+            print(f"{indent}{shown(key):<{max(1, 26 - len(indent))}} {shown(str(value), 300)}")
 
 
 if __name__ == "__main__":

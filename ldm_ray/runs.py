@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_ray.checkpoint import AutoencoderCheckpoint, load_autoencoder, read
+from ldm_ray.checkpoint import AutoencoderCheckpoint, autoencoder_type, load_autoencoder
 from ldm_ray.config import SPACES, AutoencoderConfig, RunConfig
-from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.errors import CheckpointError, ConfigError, Foreign
 from ldm_ray.hold import new_folder, time_in
 from ldm_ray.models.registry import REGISTRY
 from ldm_ray.paths import AnyPath, unique
@@ -148,36 +149,60 @@ def newest_diffusion(base: AnyPath, spaces: Sequence[str] = SPACES) -> AnyPath |
 
 
 def find_autoencoder(
-    folder: AnyPath, only_digit: int | None = None, kinds: Sequence[str] | None = None
+    folder: AnyPath, only_digit: int | None = None, kinds: Sequence[str] | None = None, recorded: str | None = None
 ) -> AutoencoderCheckpoint | None:
-    """The newest autoencoder checkpoint under a folder, by registered type in order: Conv first, then MLP.
+    """The newest finished autoencoder checkpoint under a folder, by registered type in order: Conv first, then MLP.
 
-    kinds: only these types. One trained on a single digit is taken only for that digit. Unreadable files and those
-    of a training that did not end are passed over with a note.
+    kinds: only these types. recorded: where one was once, in a file that is not trusted; of several of a type, those
+    whose last names are the same come first, and the path itself is never followed. One trained on a single digit is
+    taken only for that digit. Of each file only what is beside its tensors is read, but of the one that is taken.
     """
-    files = [file for file in folder.rglob("*.pt") if not file.name.startswith(".")]
+    files = newest_first(file for file in folder.rglob("*.pt") if not file.name.startswith("."))
     settled = {file.parent for file in files if file.name == "latest.pt"}
     files = [file for file in files if file.name == "latest.pt" or file.parent not in settled]
-    wanted = list(kinds or REGISTRY)
-    best: dict[str, AutoencoderCheckpoint] = {}
-    for file in newest_first(files):
-        try:
-            if read(file)[1] != "autoencoder":
-                continue
-            found = load_autoencoder(file)
-        except CheckpointError as error:
-            log.warning("passed over: %s", error)
-            continue
-        if found.only_digit not in (None, only_digit):
-            log.info("passed over: %s was trained on digit %s alone", file, found.only_digit)
-            continue
-        if found.unfinished:
-            log.warning(
-                "not taken: %s is %s; --auto-resume with the settings it was begun with finishes it, --ae-ckpt takes "
-                "it as it is", file, found.unfinished
-            )  # fmt: skip
-            continue
-        best.setdefault(found.codec.kind, found)
-        if wanted[0] in best:
-            break
-    return next((best[kind] for kind in wanted if kind in best), None)
+    if recorded:
+        wanted_names = re.split(r"[/\\]", recorded[-1000:])[::-1]
+        files.sort(key=lambda file: names_alike(re.split(r"[/\\]", str(file))[::-1], wanted_names), reverse=True)
+    by_type: dict[str, list[AnyPath]] = {kind: [] for kind in kinds or REGISTRY}
+    first = next(iter(by_type))
+    for file in files:
+        kind = type_of(file, only_digit)
+        if kind == first and (autoencoder := finished_autoencoder(file)):
+            return autoencoder
+        by_type.get(kind, []).append(file)
+    others = (file for kind, others in by_type.items() if kind != first for file in others)
+    return next(filter(None, map(finished_autoencoder, others)), None)
+
+
+def type_of(file: AnyPath, only_digit: int | None) -> str:
+    """The type of an autoencoder that is of use; empty for anything else, which is passed over with a note."""
+    try:
+        kind, digit = autoencoder_type(file)
+    except CheckpointError as error:
+        log.log(logging.DEBUG if isinstance(error, Foreign) else logging.WARNING, "passed over: %s", error)
+        return ""
+    if kind and digit not in (None, only_digit):
+        log.info("passed over: %s was trained on digit %s alone", file, digit)
+        return ""
+    return kind
+
+
+def finished_autoencoder(file: AnyPath) -> AutoencoderCheckpoint | None:
+    """None, with a note, where it does not load or its training did not end."""
+    try:
+        autoencoder = load_autoencoder(file)
+    except CheckpointError as error:
+        log.warning("passed over: %s", error)
+        return None
+    if autoencoder.unfinished:
+        log.warning(
+            "not taken: %s is %s; --auto-resume with the settings it was begun with finishes it, --ae-ckpt takes it "
+            "as it is", file, autoencoder.unfinished
+        )  # fmt: skip
+        return None
+    return autoencoder
+
+
+def names_alike(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many names two paths share, from the last."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

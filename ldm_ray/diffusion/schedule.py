@@ -16,6 +16,7 @@ from ldm_ray.config import BETA_SCHEDULES
 from ldm_ray.errors import ConfigError
 
 MAX_BETA = 0.999  # of squaredcos_cap_v2
+MIN_BETA, MIN_ALPHA_CUMPROD = 1e-10, 1e-300  # what samplers can divide by
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class NoiseSchedule:
             raise ConfigError(
                 f"a noise schedule needs 0 < beta_start <= beta_end < 1 and T >= 2, not {self.beta_start}, "
                 f"{self.beta_end}, T = {self.num_train_timesteps}"
+            )
+        alphas_cumprod = self.alphas_cumprod
+        if not (float(self.betas.min()) >= MIN_BETA and float(alphas_cumprod[-1]) >= MIN_ALPHA_CUMPROD):
+            raise ConfigError(
+                f"a noise schedule needs every β at least {MIN_BETA:g} and something left of the image at its end, not "
+                f"beta_start {self.beta_start:g}, beta_end {self.beta_end:g}, T = {self.num_train_timesteps}"
             )
 
     @property

@@ -6,7 +6,7 @@ State-dict names are a file format: keep them. Shapes: B batch, D latent, H hidd
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,11 @@ class FiLMLayer(nn.Module):
 def film_names(num_blocks: int) -> list[str]:
     """b1a, b1b, b2a, …"""
     return [f"b{block}{half}" for block in range(1, num_blocks + 1) for half in "ab"]
+
+
+def blocks_in(state: Iterable[str]) -> int:
+    """The residual blocks that the names of a state dict have, at least 1."""
+    return max(1, sum(re.fullmatch(r"b\d+a\.fc\.weight", name) is not None for name in state))
 
 
 class Denoiser(ConditionedDenoiser):
@@ -67,7 +72,7 @@ class Denoiser(ConditionedDenoiser):
     def from_state(cls, state: Mapping[str, Tensor]) -> Denoiser:
         """Builds the denoiser whose sizes the state dict has, with its weights. RuntimeError when they do not fit."""
         hidden_dim, latent_dim = state["in_proj.weight"].shape
-        num_blocks = max(1, sum(re.fullmatch(r"b\d+a\.fc\.weight", name) is not None for name in state))
+        num_blocks = blocks_in(state)
         with torch.device("meta"):  # no memory is taken for sizes that the other weights may not have
             model = cls(latent_dim, hidden_dim, *sizes_of(state), num_blocks)
         return filled_with(model, state)

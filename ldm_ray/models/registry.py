@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from ldm_ray.errors import CheckpointError, ConfigError
+from ldm_ray.errors import CheckpointError, ConfigError, Foreign
+from ldm_ray.text import listed, quoted
 
-MAX_LATENT_DIM = 4096
+MAX_LATENT_DIM = 1024
 MAX_SIDE = 1024
 IMAGE_SIZE = (28, 28)  # of checkpoints that do not say
 
@@ -55,17 +56,20 @@ def detect(state: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[str, int]
     said = args.get("model")
     said = said.removeprefix("ae-").lower() if isinstance(said, str) else None
     if said is not None and said not in REGISTRY:
-        raise CheckpointError(f"autoencoder type {args['model']!r} is unknown; registered are {', '.join(REGISTRY)}")
+        raise CheckpointError(
+            f"autoencoder type {quoted(args['model'])} is unknown; registered are {', '.join(REGISTRY)}"
+        )
     seen = next((entry for entry in REGISTRY.values() if entry.latent_key in state), None)
     if seen is None:
-        keys = ", ".join(repr(name[:80]) for name in list(state)[:3]) or "none"
-        raise CheckpointError(
-            f"the weights fit no registered autoencoder ({', '.join(REGISTRY)}); their first names are {keys}"
+        names = listed(list(state), 3)
+        raise Foreign(
+            f"the weights fit no registered autoencoder ({', '.join(REGISTRY)}); their first names are {names}"
         )
     if said is not None and said != seen.name:
         raise CheckpointError(f"the metadata says {said!r}, but the weights are of type {seen.name!r}")
     weight = state[seen.latent_key]
-    latent_dim = int(weight.shape[0]) if weight.dim() else 0
+    shape = tuple(getattr(weight, "shape", ()))
+    latent_dim = int(shape[0]) if shape else 0
     if not 1 <= latent_dim <= MAX_LATENT_DIM:
         raise CheckpointError(f"latent size {latent_dim} is outside 1 to {MAX_LATENT_DIM}")
     if args.get("latent_dim") not in (None, latent_dim):

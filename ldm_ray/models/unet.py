@@ -20,6 +20,7 @@ from ldm_ray.models.conditioning import ConditionedDenoiser, filled_with, sizes_
 GROUPS = 8  # of each normalisation, and what the channels are a multiple of
 SIZE_MULTIPLE = 4  # halved twice
 MAX_SIDE = 256
+MAX_WORK = 2**26  # height × width × channels², which the time of a step grows with
 
 
 class ResidualBlock(nn.Module):
@@ -105,3 +106,8 @@ def check_unet(image_size: tuple[int, int], hidden_dim: int) -> None:
         )
     if hidden_dim % GROUPS or hidden_dim < GROUPS:
         raise ConfigError(f"--hidden-dim is a multiple of {GROUPS} with --space pixel, not {hidden_dim}")
+    if height * width * hidden_dim**2 > MAX_WORK:
+        raise ConfigError(
+            f"--hidden-dim {hidden_dim} is too large for images of {height}x{width}; at most "
+            f"{int((MAX_WORK / height / width) ** 0.5) // GROUPS * GROUPS} is possible"
+        )

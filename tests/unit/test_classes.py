@@ -209,7 +209,7 @@ def test_a_damaged_size_is_refused(tmp_path: Path, size: object) -> None:
     content = checkpoint.autoencoder_content(registry.build("mlp", 4), "mlp", {})
     content["args"]["image_size"] = size
     checkpoint.write(tmp_path / "ae.pt", content)
-    with pytest.raises(CheckpointError, match=r"image_size is height and width|the weights do not fit") as error:
+    with pytest.raises(CheckpointError, match=r"image_size' must be height and width|the weights do not fit") as error:
         checkpoint.load_autoencoder(tmp_path / "ae.pt")
     one_line(error)
 

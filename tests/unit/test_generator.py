@@ -324,7 +324,7 @@ def test_prediction_types_are_read_from_the_checkpoint(ae_file: Path, tmp_path: 
         assert bool(torch.isfinite(made[kind]).all())
     assert len({tuple(value.flatten().tolist()) for value in made.values()}) == 3
     checkpoint.write(path, content | {"prediction_type": "score"})
-    with pytest.raises(CheckpointError, match="prediction type 'score' is unknown; known are epsilon"):
+    with pytest.raises(CheckpointError, match=r"prediction_type' must be one of epsilon, .*not 'score'"):
         Generator.open(path)
 
 
