@@ -38,6 +38,7 @@ NO_CLASS = re.compile(  # train_images, trainingSet, val, images: what a folder 
 )
 SHARD = re.compile(r"(train|test)-\d+-of-\d+")
 LAYOUTS = "train/CLASS/*.png, CLASS/*.png, or a metadata.csv or .jsonl with file_name and label beside the pictures"
+PREVIEW = "preview.png"  # what generate puts above its images, and is none of them
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def pictures_of(base: Path) -> tuple[list[Picture], list[Path]]:
             raise DataError(f"{base} has its pictures elsewhere ({deeper.relative_to(base)}): known are {LAYOUTS}")
     if classes and all(NO_CLASS.fullmatch(each.name) for each in classes):
         names = ", ".join(each.name for each in classes[:4])
-        raise DataError(f"{base}: {names} have the names of splits and not of classes: known are {LAYOUTS}")
+        raise DataError(f"{base}: folders named {names} do not look like classes: known are {LAYOUTS}")
     pictures = []
     for each in classes:
         pngs = [file for file in pictures_in(each) if file.suffix.lower() == ".png"]
@@ -211,7 +212,8 @@ def is_number(name: str) -> bool:
 def tell_passed_over(folder: Path, split: str, splits: dict[str, list[Picture]]) -> None:
     """Logs how many pictures no split has, by their kinds, with one of them."""
     read = {picture.file for pictures in splits.values() for picture in pictures}
-    over = [file for file in files_below(folder) if is_picture(file) and file not in read]
+    others = (file for file in files_below(folder) if is_picture(file) and file not in read)
+    over = [file for file in others if file != folder / PREVIEW]
     if over:
         log.warning(
             "WARNING: %s (%s): %s passed over (%s), such as %s.",

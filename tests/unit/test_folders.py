@@ -143,7 +143,7 @@ def test_names_of_a_list_in_parquet(tmp_path: Path) -> None:
     assert content(load_source(str(tmp_path), "train", tmp_path)) == [(0, "cat"), (1, "ant")]
 
 
-def test_what_generate_writes_as_pngs_is_read_back(tmp_path: Path) -> None:
+def test_what_generate_writes_as_pngs_is_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = np.zeros((5, 6, 4), np.uint8)
     images[:, 0, 0] = range(5)
     store = Store(str(tmp_path))
@@ -155,8 +155,10 @@ def test_what_generate_writes_as_pngs_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"num_classes": 10}))
     place(tmp_path, "preview.png")
     for folder in (tmp_path, tmp_path / "data"):
+        caplog.clear()
         source = load_source(str(folder), "train", tmp_path)
         assert content(source) == [(0, "7"), (1, "0"), (2, "7"), (3, "1"), (4, "2")]
+        assert "passed over" not in caplog.text
     assert load_source(str(tmp_path), "train", tmp_path).class_names == numbered(10)
     assert "no image for the split 'test'" in refusal(tmp_path, "test")
     (tmp_path / "data" / "train-00001-of-00002" / "metadata.jsonl").unlink()
@@ -204,10 +206,13 @@ PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
         "in no folder of a class",
     ),
     "no splits, no classes": (lambda f: place(f, "7_0.png", "1_0.png"), "(1_0.png) in no folder of a class"),
-    "splits by other names": (lambda f: place(f, "train_images/a.png", "test_images/b.png"), "names of splits"),
-    "sets": (lambda f: place(f, "trainingSet/a.png", "testSet/b.png"), "names of splits"),
-    "one heap": (lambda f: place(f, "images/a.png", "images/b.png"), "names of splits"),
-    "heaps in splits": (lambda f: place(f, "train/images/a.png", "test/images/b.png"), "names of splits"),
+    "splits by other names": (
+        lambda f: place(f, "train_images/a.png", "test_images/b.png"),
+        "do not look like classes",
+    ),
+    "sets": (lambda f: place(f, "trainingSet/a.png", "testSet/b.png"), "do not look like classes"),
+    "one heap": (lambda f: place(f, "images/a.png", "images/b.png"), "do not look like classes"),
+    "heaps in splits": (lambda f: place(f, "train/images/a.png", "test/images/b.png"), "do not look like classes"),
     "a split twice": (lambda f: place(f, "train/a/0.png", "training/a/0.png"), "has train and training"),
     "wrapped": (lambda f: place(f, "mnist/training/0/a.png"), "elsewhere (mnist/training/0/a.png)"),
     "too deep": (lambda f: place(f, "train/x/0/a.png", "train/x/1/a.png"), "elsewhere (x/0/a.png)"),
