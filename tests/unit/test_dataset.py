@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -218,21 +218,6 @@ def test_a_shard_counts_only_with_all_of_its_bytes(ckpt: Path, parquet: Path, tm
     assert all(maker(number)[1] for number in range(3))
     for file in (parquet / "data").iterdir():
         assert file.read_bytes() == (out / "data" / file.name).read_bytes()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options: str) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"needs to mount a small disk: {done.stderr.decode().strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", str(folder)], capture_output=True)
 
 
 def test_a_full_disk_leaves_nothing_half_written(ckpt: Path, parquet: Path, small_disk: Callable[[str], Path]) -> None:
