@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -263,6 +264,7 @@ def test_dry_run_writes_nothing(ckpt: Path, tmp_path: Path, capsys: pytest.Captu
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
     assert "129 images in 3 shards" in told and "bytes per image" in told and "images/s" in told
+    assert re.search(r"size +about \d\d,\d{3} bytes, \d{3} bytes per image", told)  # no "0.0 MB"
     assert not (tmp_path / "set").exists()
 
 
