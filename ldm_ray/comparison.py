@@ -175,7 +175,9 @@ LINES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def names_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Space and epochs; with a number where that is the same for several."""
-    short = [row["space"] + (f", {row['epochs']} epochs" if row["epochs"] else "") for row in rows]
+    short = [
+        row["space"] + (f", {row['epochs']} epoch{'s'[: row['epochs'] != 1]}" if row["epochs"] else "") for row in rows
+    ]
     return [f"{name} ({short[: i + 1].count(name)})" if short.count(name) > 1 else name for i, name in enumerate(short)]
 
 

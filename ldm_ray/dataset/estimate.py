@@ -46,7 +46,8 @@ def estimate(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, cores)
     workers = max(1, min(config.num_workers or most, most, request.num_shards - len(records)))
-    sampling = request.sampling
+    sampling, total = request.sampling, request.count * size / len(shard)
+    large = f"{total / 1e6:,.1f} MB" if total >= 1e5 else f"{total:,.0f} bytes"
     lines = {
         "would make": f"{counted(request.count, 'image')} in {counted(request.num_shards, 'shard')} "
         f"of up to {request.shard_size:,}, "
@@ -54,7 +55,7 @@ def estimate(
         "there": counted(there, "image") if records else "nothing yet",
         "labels": request.labels.rule,
         "sampler": f"{sampling.sampler}, {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}",
-        "size": f"about {request.count * size / len(shard) / 1e6:,.1f} MB, {size / len(shard):,.0f} bytes per image",
+        "size": f"about {large}, {size / len(shard):,.0f} bytes per image",
         "time": f"about {left * each / workers:,.0f} s and the start of Ray, at {1 / each:,.0f} images/s "
         f"on each of {counted(workers, 'worker')} ({device}, measured on {counted(len(shard), 'image')})",
         "request": request.fingerprint,

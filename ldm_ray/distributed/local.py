@@ -21,7 +21,7 @@ import ray
 from ldm_ray.errors import LdmError
 
 log = logging.getLogger(__name__)
-MARK = "ldm_ray.node"  # in the folder of a start; holds the number of Ray's node
+MARK = "ldm_ray.lock"  # in the folder of a start
 DEAF_TO = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # and to SIGINT by Ray itself
 
 
@@ -43,13 +43,11 @@ class Session:
     """One start of Ray by this process: its folder and its processes."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.node = folder, ray.get_runtime_context().get_node_id()
+        self.folder = folder.resolve()
         new = folder / f".{MARK}"
         self.lock = new.open("w")
         with contextlib.suppress(OSError):  # a file system without locks: its sessions are never taken for dead ones
             fcntl.flock(self.lock, fcntl.LOCK_EX)
-            self.lock.write(self.node)
-            self.lock.flush()
             new.rename(folder / MARK)
 
     def __enter__(self) -> Session:
@@ -64,7 +62,7 @@ class Session:
         # By SIGKILL: they are deaf to SIGTERM, for which Ray would wait a second each
         head.kill_all_processes = lambda **_: end_all(check_alive=False, allow_graceful=False, wait=True)
         ray.shutdown()
-        kill(self.node)
+        kill(self.folder)
         self.lock.close()
         if kind is None or issubclass(kind, (LdmError, SystemExit, KeyboardInterrupt)):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -72,11 +70,10 @@ class Session:
 
 def clean(folder: Path) -> None:
     """Removes what commands of this user that were killed have left of their Ray in its folder, processes as well."""
-    dead = [mark for mark in folder.glob(f"session_*/{MARK}") if is_dead(mark)]
-    for mark in dead:
-        with contextlib.suppress(OSError):
-            kill(mark.read_text())
-            shutil.rmtree(mark.parent, ignore_errors=True)
+    dead = [mark.parent for mark in folder.resolve().glob(f"session_*/{MARK}") if is_dead(mark)]
+    for session in dead:
+        kill(session)
+        shutil.rmtree(session, ignore_errors=True)
     if dead:
         log.info("removed from %s what %d earlier commands had left there of their Ray", folder, len(dead))
 
@@ -93,10 +90,14 @@ def is_dead(mark: Path) -> bool:
         return False
 
 
-def kill(node: str) -> None:
-    """Ends the processes of a node of Ray, but for this one. Without /proc they end by themselves in 40 s."""
-    variable = f"RAY_NODE_ID={node}".encode()
-    for file in Path("/proc").glob("[0-9]*/environ") if node else ():
+def kill(folder: Path) -> None:
+    """Ends Ray's processes that have files of a session open; without a /proc they end by themselves, in 40 s.
+
+    These are its agents: they wait for an answer of what has ended before them.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if variable in file.read_bytes().split(b"\0") and int(file.parent.name) != os.getpid():
-                os.kill(int(file.parent.name), signal.SIGKILL)
+            if (process / "cmdline").read_bytes().startswith(b"ray::") and any(
+                os.readlink(file).startswith(f"{folder}/") for file in (process / "fd").iterdir()
+            ):
+                os.kill(int(process.name), signal.SIGKILL)

@@ -228,6 +228,7 @@ class Board:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        folder.mkdir(parents=True, exist_ok=True)
         self.file = EventsWriter(str(folder / "events"))
         self.file.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,14 +62,15 @@ def refusal(module: str, *flags: object) -> str:
     return errors
 
 
-def start(*arguments: object, **settings: Any) -> subprocess.Popen[str]:
+def start(*arguments: object, under: Sequence[str] = (), **settings: Any) -> subprocess.Popen[str]:
     """A Python of its own: ``start("-m", "ldm_ray.train", …)``. Standard error goes where standard output goes.
 
-    It is ended with the test, together with all that it started.
+    under: a command, with its flags, that runs it. It is ended with the test, together with all that it started.
     """
-    command = [sys.executable, *map(str, arguments)]
+    command = [*under, sys.executable, *map(str, arguments)]
     settings["env"] = dict(os.environ) | settings.pop("env", {})
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | settings
+    process = subprocess.Popen(command, text=True, **settings)
     STARTED.append(process)
     return process
 

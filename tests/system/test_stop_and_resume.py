@@ -1,7 +1,12 @@
-"""A training run that is stopped or killed ends with the weights of one that was not."""
+"""A training run that is stopped or killed ends with the weights of one that was not.
+
+Signals go to more than the command, as they do from ``timeout`` (its process group) and from Slurm and systemd
+(everything that belongs to it).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,13 +19,14 @@ import psutil
 import pytest
 import torch
 
+from ldm_ray.distributed.local import clean
 from tests.helpers.checkpoints import same_weights
 from tests.helpers.commands import below, call, meanwhile, only, run, start, wait_for
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 LONG = ["--epochs", "30", "--batch-size", "8", "--lr", "1e-3", "--T", "50", "--device", "cpu", "--hidden-dim", "32"]
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL]
-IN_A_PROCESS_OF_ITS_OWN = (signal.SIGTERM, signal.SIGKILL)
+UNDER = {signal.SIGTERM: ["timeout", "--preserve-status", "-s", "TERM", "1000"], signal.SIGKILL: []}
 LONG_RUN = "latent-diffusion-dall-bs8-lr0.001-T50-seed42-*"
 
 
@@ -78,11 +84,14 @@ def stops(tmp_path_factory: pytest.TempPathFactory, long_run: Path, digits_folde
         def begun(already: int = already) -> bool:
             return checkpoints(out) >= already + 2
 
-        if number in IN_A_PROCESS_OF_ITS_OWN:
-            process = start("-m", "ldm_ray.train", *flags, start_new_session=True)
+        if number in UNDER:
+            process = start("-m", "ldm_ray.train", *flags, under=UNDER[number], start_new_session=True)
             wait_for(begun, process)
-            os.kill(process.pid, number)
+            processes = psutil.Process(process.pid).children(recursive=True)
+            os.kill(process.pid, signal.SIGALRM if UNDER[number] else number)  # time is up
             output, code = process.communicate(timeout=400)[0], process.returncode
+            clean(Path(os.environ["RAY_TMPDIR"], "ray"))  # as the next command does that starts Ray
+            assert psutil.wait_procs(processes, timeout=30)[1] == []
         else:
             with meanwhile(begun, partial(send, number)):
                 code, *streams = call("train", *flags)
@@ -94,7 +103,11 @@ def stops(tmp_path_factory: pytest.TempPathFactory, long_run: Path, digits_folde
 
 
 def send(number: signal.Signals, _: object) -> None:
-    """To this process, which runs a command."""
+    """To this process, which runs a command, and to all processes of its Ray."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ray" in " ".join(process.cmdline()):
+                process.send_signal(number)
     os.kill(os.getpid(), number)
 
 
@@ -102,7 +115,8 @@ def send(number: signal.Signals, _: object) -> None:
 def test_stop_and_resume_bit_for_bit(number: signal.Signals, stops: Stops, long_run: Path) -> None:
     stop, before = stops.by[number], [stops.by[each].epoch for each in SIGNALS[: SIGNALS.index(number)]]
     assert stop.code == (-number if number == signal.SIGKILL else 128 + number), stop.output
-    assert number == signal.SIGKILL or "--auto-resume" in stop.output
+    if number != signal.SIGKILL:
+        assert f"the last checkpoint, after epoch {stop.epoch} of 30" in stop.output and "--auto-resume" in stop.output
     assert max(before, default=0) < stop.epoch < 30
     assert not before or "going on with" in stop.output
     assert same_weights(long_run, stops.latest)

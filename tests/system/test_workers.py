@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,7 +14,7 @@ import torch
 from ldm_ray.checkpoint import load_autoencoder
 from ldm_ray.data.sources import load_source
 from ldm_ray.distributed.encode import encode
-from tests.helpers.commands import below, meanwhile, run
+from tests.helpers.commands import below, call, meanwhile, only, refusal, run
 from tests.helpers.runs import SMALL, epochs
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -40,17 +38,6 @@ def test_a_killed_encoder_changes_no_latent(ray_here: None, ae_file: Path, tmp_p
     assert tables[0].num_rows > 2048 and tables[0].equals(tables[1])
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", folder], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"needs to mount a small disk: {done.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], capture_output=True)
-
-
 def fill(folder: Path) -> Path:
     """Takes all space that is left."""
     path = folder / "filler"
@@ -62,19 +49,42 @@ def fill(folder: Path) -> Path:
     return path
 
 
-def test_training_goes_on_after_a_disk_was_full(
-    ray_here: None, digits_folder: Path, ae_file: Path, small_disk: Path
+def test_a_full_disk_ends_training_at_once_and_it_goes_on_later(
+    digits_folder: Path, ae_file: Path, small_disk: Callable[[str], Path]
 ) -> None:
-    def fill_the_disk(_: bool) -> None:
-        """Until the worker that trains has ended of it."""
-        worker = below(psutil.Process(), "TrainWorker")[0]
-        filler = fill(small_disk)
-        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.02)
-        filler.unlink()
-
+    disk = small_disk("size=300m")
     flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, *SMALL, "--epochs", 20, "--checkpoint-every", 5]
-    with meanwhile(lambda: len(epochs(small_disk)) >= 2, fill_the_disk):
-        run("train", *flags, "--max-failures", 20, "--outdir", small_disk)
-    assert torch.load(next(small_disk.glob("checkpoints/*/latest.pt")), weights_only=True)["epoch"] == 20
-    assert [epoch["epoch"] for epoch in epochs(small_disk)] == list(range(1, 21))
+    flags += ["--max-failures", 20, "--outdir", disk]
+    fillers: list[Path] = []
+    with meanwhile(lambda: epochs(disk)[5:], lambda _: fillers.append(fill(disk))):
+        code, output, errors = call("train", *flags)
+    assert code == 2 and output == ""
+    [line] = [line for line in errors.splitlines() if "No space left" in line]
+    assert str(disk) in line and "is kept: go on with --auto-resume" in line and "Traceback" not in errors
+    assert not [file for file in disk.rglob("*") if "partial" in file.name]
+    kept = torch.load(only(disk, "checkpoints/*/latest.pt"), weights_only=True)
+    assert f"after epoch {kept['epoch']} of 20" in line
+    fillers[0].unlink()
+    run("train", *flags, "--auto-resume")
+    assert torch.load(only(disk, "checkpoints/*/latest.pt"), weights_only=True)["epoch"] == 20
+    assert [epoch["epoch"] for epoch in epochs(disk)] == list(range(1, 21))
+
+
+def test_a_disk_that_is_full_before_there_is_a_checkpoint(
+    digits_folder: Path, ae_file: Path, small_disk: Callable[[str], Path]
+) -> None:
+    disk = small_disk("size=1m")
+    flags = ["--dataset", digits_folder, "--ae-ckpt", ae_file, *SMALL, "--epochs", 2, "--outdir", disk]
+    code, _, errors = call("train", *flags)
+    [line] = [line for line in errors.splitlines() if "No space left" in line]
+    assert code == 2 and "no checkpoint was written yet" in line and "is kept" not in errors
+    assert not list(disk.glob("checkpoints/*/*"))
+
+
+def test_a_disk_too_small_for_the_encoded_images(
+    digits_folder: Path, ae_file: Path, small_disk: Callable[[str], Path]
+) -> None:
+    disk = small_disk("size=12k")
+    line = refusal("train", "--dataset", digits_folder, "--ae-ckpt", ae_file, *SMALL, "--outdir", disk)
+    assert "No space left" in line
+    assert not list(disk.rglob("manifest.json"))

@@ -6,9 +6,10 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -225,21 +226,6 @@ def test_a_shard_counts_only_with_all_of_its_bytes(ckpt: Path, parquet: Path, tm
         assert file.read_bytes() == (out / "data" / file.name).read_bytes()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options: str) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"needs to mount a small disk: {done.stderr.decode().strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", str(folder)], capture_output=True)
-
-
 def test_a_full_disk_leaves_nothing_half_written(ckpt: Path, parquet: Path, small_disk: Callable[[str], Path]) -> None:
     out = small_disk("size=64k")
     maker = maker_of(ckpt, out)
@@ -283,6 +269,7 @@ def test_dry_run_writes_nothing(ckpt: Path, tmp_path: Path, capsys: pytest.Captu
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
     assert "129 images in 3 shards" in told and "bytes per image" in told and "images/s" in told
+    assert re.search(r"size +about \d\d,\d{3} bytes, \d{3} bytes per image", told)  # no "0.0 MB"
     assert not (tmp_path / "set").exists()
 
 

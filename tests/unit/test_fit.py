@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch
 from ldm_ray import checkpoint
 from ldm_ray.config import TrainConfig
 from ldm_ray.data.examples import fixed_size, write_examples
+from ldm_ray.paths import append_line
 from ldm_ray.runs import RunPaths
 from ldm_ray.training import fit as module
 from ldm_ray.training.fit import Job, Place, fit
@@ -74,3 +79,53 @@ def test_a_run_cut_short_at_any_write_records_every_epoch_once(
     assert same_weights(Path(str(paths.latest)), Path(str(undisturbed.latest)))
     lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
+
+
+@pytest.mark.parametrize("size", ["4k", "12k", "2200k", "3600k", "7m"])
+def test_a_full_disk_leaves_nothing_half_written(job: Job, size: str, small_disk: Callable[[str], Path]) -> None:
+    """Full at the first record, at TensorBoard's file, at the first, the second and a later checkpoint."""
+    paths = RunPaths(small_disk(f"size={size}"), "run")
+    with pytest.raises(OSError) as error:
+        fit(Job(job.config, paths, job.examples, job.data, job.autoencoder), place(), lambda _: None)
+    assert error.value.errno == errno.ENOSPC
+    files = [file for file in paths.outdir.rglob("*") if file.is_file()]  # type: ignore[union-attr]
+    assert not [file for file in files if "partial" in file.name]
+    for file in files:
+        if file.suffix == ".pt":
+            checkpoint.read(file)
+        elif file.suffix in (".json", ".jsonl"):
+            assert all(json.loads(line) for line in file.read_text().splitlines())
+    subprocess.run(["mount", "-o", "remount,size=64m", str(paths.outdir)], check=True)
+    fit(Job(job.config, paths, job.examples, job.data, job.autoencoder), place(), lambda _: None)
+    undisturbed = trained(job, "undisturbed")
+    assert same_weights(Path(str(paths.latest)), Path(str(undisturbed.latest)))
+
+
+def test_a_line_that_does_not_fit_is_not_begun(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    append_line(file, "first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # as ``ulimit -f`` has it
+    try:
+        with pytest.raises(OSError):
+            append_line(file, "a line of more than twenty characters")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_text() == "first\n"
+    append_line(file, "second")
+    assert file.read_text() == "first\nsecond\n"
+
+
+def test_tensorboard_reads_what_was_recorded(job: Job) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    paths = trained(job, "board")
+    [file] = Path(str(paths.runs)).glob("events.out.tfevents.*")
+    data, events = file.read_bytes(), []
+    while data:  # of each record: the length in 8 bytes, a checksum of 4, the event, a checksum of 4
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    losses = {e.step: v.simple_value for e in events for v in e.summary.value if v.tag == "val_loss"}
+    recorded = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    assert losses == pytest.approx({line["epoch"]: line["val_loss"] for line in recorded})

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_ray import checkpoint, compare, evaluate, generate, infer
+from ldm_ray.comparison import names_of
 from ldm_ray.config import SamplingConfig, TrainConfig
 from ldm_ray.data.images import to_float, to_uint8
 from ldm_ray.diffusion.schedule import NoiseSchedule
@@ -204,3 +205,8 @@ def test_slots_make_the_bytes_of_the_generator(generator: Generator, sampler: st
 def test_compare_refuses_in_one_line(flags: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         compare.main([str(tmp_path) if flag == "EMPTY" else flag for flag in flags])
+
+
+def test_names_of_compared_checkpoints() -> None:
+    rows = [{"space": "pixel", "epochs": 1}, {"space": "latent", "epochs": 30}, {"space": "latent", "epochs": None}]
+    assert names_of(rows) == ["pixel, 1 epoch", "latent, 30 epochs", "latent"]
