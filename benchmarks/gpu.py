@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import ROOT
 from sampling import MATRIX_FLOP, Ways, matrix_rate
 from torch import Tensor
 
@@ -48,7 +49,6 @@ from ldm_ray.slots import Slots
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = (1, 64, 1024, 65536)
 QUALITY = 0.5  # share of the minutes that is kept for the full training
 ROW_S = 1 / 150  # share of the minutes that one figure may take
@@ -175,9 +175,11 @@ def facts(bench: Bench) -> None:
 
 
 def tests(bench: Bench) -> None:
-    """Every test marked ``gpu``, in a process of its own."""
+    """Every test marked ``gpu``, in a process of its own; on a CPU rehearsed."""
     files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()]
     plain = ["--noconftest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rfEs"]
+    if bench.device.type == "cpu":
+        plain += ["-p", "tests.helpers.pretend_cuda"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", *plain, *files],
         cwd=ROOT,
@@ -287,32 +289,30 @@ def sampling(bench: Bench) -> None:
     ckpt = bench.scratch / "latest.pt"
     checkpoint.write(ckpt, checkpoint.diffusion_content(denoiser, denoiser, NoiseSchedule(), inside, {}))
     ways = Ways(ckpt, None, bench.timed, bench.device.type)
-    fp32, bf16 = matrix_rate(bench.device), matrix_rate(bench.device, torch.bfloat16)
+    rates = {"fp32": matrix_rate(bench.device), "bf16": matrix_rate(bench.device, torch.bfloat16)}
     for name, (settings, way) in SAMPLING.items():
-        took = 0.0
-        flop = denoiser_rows(plan_of(ways.schedule, settings), settings.guidance_scale) * MATRIX_FLOP
-        for before, count in zip((0, *SIZES), SIZES, strict=False):
-            guess = took * count / max(before, 64)  # small numbers take as long as 64
-            if guess > 8 * bench.report.limit:
-                bench.report.note("sampling", f"{name}: {count:,}", "left out", why=f"{guess:.0f} s a time")
-                continue
+        rows = denoiser_rows(plan_of(ways.schedule, settings), settings.guidance_scale)
+        fastest = rates[settings.precision] / (rows * MATRIX_FLOP)  # images per second
+        bench.report.attempt("sampling", name, partial(by_sizes, bench, ways, name, way, fastest), QUALITY)
 
-            def measure(count: int = count, way: Way = way) -> list[float]:
-                started = time.perf_counter()
-                rates: list[float] = []
-                way(ways, count)
-                while not rates or time.perf_counter() - started < bench.report.limit:
-                    rates.append(way(ways, count))
-                return rates
 
-            started = time.perf_counter()
-            rates = bench.report.attempt("sampling", f"{name}: {count:,}", measure, QUALITY)
-            if rates:
-                rate = statistics.median(rates)
-                took = (time.perf_counter() - started) / (len(rates) + 1)
-                fraction = rate * flop / (bf16 if settings.precision == "bf16" else fp32)
-                more = {"ms": 1000 * count / rate, "fraction": fraction} | memory(bench.device)
-                bench.report.note("sampling", f"{name}: {count:,}", rate, "images/s", **more)
+def by_sizes(bench: Bench, ways: Ways, name: str, way: Way, fastest: float) -> None:
+    """Each number of images at a time, as far as the time for a figure goes."""
+    seconds, before = 0.0, 0
+    for count in SIZES:
+        guess = seconds * count / max(before, 64)  # fewer than 64 take as long as those
+        if guess > 8 * bench.report.limit:
+            bench.report.note("sampling", f"{name}: {count:,}", "left out", why=f"{guess:.0f} s a time")
+            return
+        started = time.perf_counter()
+        way(ways, count)  # compares tiles
+        figures = [way(ways, count)]
+        seconds, before = (time.perf_counter() - started) / 2, count
+        while time.perf_counter() - started < bench.report.limit:
+            figures.append(way(ways, count))
+        rate = statistics.median(figures)
+        more = {"ms": 1000 * count / rate, "fraction": rate / fastest} | memory(bench.device)
+        bench.report.note("sampling", f"{name}: {count:,}", rate, "images/s", **more)
 
 
 def full_training(bench: Bench) -> None:

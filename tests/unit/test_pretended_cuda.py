@@ -365,7 +365,11 @@ def test_latents_of_a_gpu_lie_apart_and_a_cpus_where_they_always_did(
     folders = [encode.encode(source, autoencoder, tmp_path, None, device) for device in ("cpu", "cuda", "cpu", "cuda")]
     assert encoded == [False, True]
     assert folders[:2] == folders[2:] and folders[0] != folders[1]
-    identity = {"autoencoder_sha256": autoencoder.sha256, "dataset": "folder", "revision": source.revision}
+    identity: dict[str, Any] = {
+        "autoencoder_sha256": autoencoder.sha256,
+        "dataset": "folder",
+        "revision": source.revision,
+    }
     identity |= {"split": "test", "only_digit": None, "version": ldm_ray.__version__}
     assert folders[0].name == fingerprint(identity)  # as versions without a GPU in it named it
     made_on = json.loads((folders[1] / "manifest.json").read_text())["identity"]
