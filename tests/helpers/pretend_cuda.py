@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from ldm_ray.tiles import PIXEL_SIZES, SIZES
 from tests.helpers.data import ROOT
 
 CUDA = torch.device("cuda", 0)
@@ -309,7 +311,7 @@ def pretending(bf16: bool = True, free: int = 60 * 10**9) -> Iterator[Seen]:
             patch(home, name, getattr(home, name))
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with Mode(seen):
+        with Mode(seen), mock.patch.dict(PIXEL_SIZES, cuda=(2, 8)):  # 1,024 rows of a U-Net take a CPU seconds
             yield seen
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
@@ -319,9 +321,7 @@ def pretending(bf16: bool = True, free: int = 60 * 10**9) -> Iterator[Seen]:
 
 
 def pytest_configure(config: Any) -> None:
-    from ldm_ray.tiles import PIXEL_SIZES, SIZES
-
-    SIZES["cuda"], PIXEL_SIZES["cuda"] = (4, 32), (2, 8)  # a GPU's tiles take a CPU long
+    SIZES["cuda"] = (4, 32)  # a GPU's tiles take a CPU long
     on = pretending()
     on.__enter__()
     config.add_cleanup(lambda: on.__exit__(None, None, None))

@@ -1,4 +1,4 @@
-"""On a CUDA GPU alone: what the rehearsal of ``test_pretended_cuda.py`` cannot show. ``benchmarks/gpu.py`` runs these.
+"""On a CUDA GPU alone: what the rehearsal of ``test_rehearsed_*.py`` cannot show. ``benchmarks/gpu.py`` runs these.
 
 Nothing of the tests' configuration is needed: python -m pytest --noconftest -o addopts= -m gpu tests/unit/test_gpu.py
 """
