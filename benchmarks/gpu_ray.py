@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from checkout import ROOT
-from gpu import Report
+from gpu_report import Report
 
 from ldm_ray.devices import pick_device
 from ldm_ray.generator import Generator
