@@ -14,20 +14,19 @@ scaled. Another way of training or sampling is one more entry of ``TRAINING`` or
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401  # before anything of the package
+import gpu_quality
 import torch
+from gpu_checks import company, facts, tests
+from gpu_report import Bench, Report, memory
 from sampling import MATRIX_FLOP, Ways, matrix_rate
 from torch import Tensor
 
@@ -35,23 +34,17 @@ from ldm_ray import checkpoint
 from ldm_ray.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
 from ldm_ray.data.images import to_float
 from ldm_ray.data.sources import load_source
-from ldm_ray.devices import numerics_of, pick_device, picked, sent, settle
+from ldm_ray.devices import pick_device, picked, sent, settle
 from ldm_ray.diffusion.samplers import denoiser_rows, plan_of
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.generator import Generator
 from ldm_ray.models import registry
-from ldm_ray.models.codec import LatentCodec, PixelCodec
+from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.models.unet import UNet
-from ldm_ray.slot_jobs import Job
-from ldm_ray.slots import Slots
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = (1, 64, 1024, 65536)
 QUALITY = 0.5  # share of the minutes that is kept for the full training
-ROW_S = 1 / 150  # share of the minutes that one figure may take
 THOUSAND: dict[str, Any] = {"sampler": "ddpm", "guidance_scale": 1.0}
 
 TRAINING: dict[str, RunConfig] = {
@@ -86,146 +79,6 @@ SAMPLING: dict[str, tuple[SamplingConfig, Way]] = {
         lambda ways, count: ways.loop(ways.denoiser, count),
     ),
 }
-
-
-@dataclass
-class Report:
-    """What was measured, on the screen and in a file, line by line."""
-
-    output: Path
-    minutes: float
-    began: float = field(default_factory=time.perf_counter)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return 60 * self.minutes - (time.perf_counter() - self.began)
-
-    @property
-    def limit(self) -> float:
-        """Seconds that a figure may take."""
-        return 60 * self.minutes * ROW_S
-
-    def note(self, part: str, name: str, value: Any, unit: str = "", **more: Any) -> None:
-        """A figure."""
-        self.rows.append({"part": part, "name": name, "value": value, "unit": unit, **more})
-        shown = f"{value:,.{2 if abs(value) < 100 else 0}f}" if isinstance(value, float) else str(value)
-        beside = "  ".join(f"{key} {round(told, 3) if isinstance(told, float) else told}" for key, told in more.items())
-        seconds = time.perf_counter() - self.began
-        print(f"{seconds:6.1f} s  {part:<10} {name:<38} {shown:>14} {unit:<10} {beside}".rstrip(), flush=True)
-        self.output.write_text(json.dumps({"minutes": self.minutes, "seconds": seconds, "rows": self.rows}, indent=1))
-
-    def attempt(self, part: str, name: str, work: Callable[[], Any], keep: float = 0.0) -> Any:
-        """What ``work`` returns; None, with a line that says why, where it fails or the time is up."""
-        if self.left < 60 * self.minutes * keep:
-            self.note(part, name, "left out", why="no time left")
-            return None
-        try:
-            return work()
-        except Exception as error:  # the next part may still be worth its time
-            self.note(part, name, "FAILED", why=f"{type(error).__name__}: {str(error).strip()[:300]}")
-            return None
-
-
-@dataclass
-class Bench:
-    report: Report
-    device: torch.device
-    images: Tensor  # (N, 1, H, W) uint8, of the training split
-    labels: Tensor
-    test: Tensor
-    timed: int
-    scratch: Path
-
-    def done(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def rate(self, work: Callable[[], object], count: int) -> float:
-        """Of ``count`` things a call, per second: the median of calls until the figure's time is up."""
-        work()
-        self.done()
-        took: list[float] = []
-        started = time.perf_counter()
-        while not took or time.perf_counter() - started < self.report.limit:
-            before = time.perf_counter()
-            work()
-            self.done()
-            took.append(time.perf_counter() - before)
-        return count / statistics.median(took)
-
-
-def facts(bench: Bench) -> None:
-    note, device = bench.report.note, bench.device
-    note("device", "kind", device.type)
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        note("device", "card", card.name, processors=card.multi_processor_count, memory_mb=card.total_memory // 10**6)
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        )
-        note("device", "driver", asked.stdout.strip() or asked.stderr.strip()[:80])
-    note("device", "versions", f"torch {torch.__version__}", **numerics_of(device), python=platform.python_version())
-    note("device", "images", len(bench.images), test=len(bench.test))
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    for name, dtype in types.items():
-        note("device", f"matrices of sampling, {name}", matrix_rate(device, dtype) / 1e9, "GFLOP/s")
-
-
-def tests(bench: Bench) -> None:
-    """Every test marked ``gpu``, in a process of its own."""
-    files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()]
-    plain = ["--noconftest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rfEs"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", *plain, *files],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=max(30.0, bench.report.left * 0.3),
-    )
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
-    bench.report.note("tests", f"pytest -m gpu, exit {done.returncode}", lines[-1])
-    for line in lines:
-        if line.startswith(("FAILED", "ERROR", "SKIPPED")):
-            bench.report.note("tests", line[:38], line[38:300])
-
-
-def company(bench: Bench) -> None:
-    """An image's bytes alone, among any others, at another place, and from the slots."""
-    makers = {"MLP": latent_generator(bench.device, "mlp"), "Conv": latent_generator(bench.device, "conv")}
-    makers["U-Net"] = Generator(UNet(hidden_dim=8), PixelCodec(), NoiseSchedule(), bench.device)
-    for name, generator in makers.items():
-        most = 40 if name == "U-Net" else 2000 if bench.device.type == "cuda" else 300
-        labels = [i % 10 for i in range(most)]
-        sampling = SamplingConfig(num_inference_steps=4, guidance_start=0.5)
-        whole = generator(range(most), labels, sampling)
-        alone = [torch.equal(generator([i], [labels[i]], sampling)[0], whole[i]) for i in range(0, most, most // 8)]
-        parts = [
-            torch.equal(generator(range(first, first + size), labels[first : first + size], sampling),
-                        whole[first : first + size])
-            for first, size in ((1, 3), (7, 30), (most // 3, most // 2))
-        ]  # fmt: skip
-        slots = Slots(generator)
-        jobs = [Job(seeds=range(i, i + 5), labels=labels[i : i + 5], sampling=sampling) for i in range(0, 40, 5)]
-        for job in jobs:
-            slots.submit(job)
-        slots.close(drain_s=60)
-        slotted = [torch.equal(job.images, whole[5 * i : 5 * i + 5, 0]) for i, job in enumerate(jobs)]
-        same = all(alone) and all(parts) and all(slotted)
-        told: dict[str, Any] = {"alone": sum(alone), "parts": sum(parts), "slots": sum(slotted)}
-        sizes = {size: generator.tiles.is_equal(size) for size in generator.tiles.sizes}
-        bench.report.note("company", name, "same" if same else "OTHER BYTES", **told, tiles=sizes)
-
-
-def latent_generator(device: torch.device, kind: str) -> Generator:
-    torch.manual_seed(0)
-    denoiser = Denoiser()
-    with torch.no_grad():
-        for weight in denoiser.parameters():
-            weight.add_(0.03 * torch.randn_like(weight))
-    return Generator(denoiser, LatentCodec(registry.build(kind, 16), kind), NoiseSchedule(), device)
 
 
 def fitter_of(bench: Bench, config: RunConfig) -> Fitter:
@@ -263,10 +116,6 @@ def training(bench: Bench) -> None:
         bench.report.attempt("training", name, measure, QUALITY)
 
 
-def memory(device: torch.device) -> dict[str, Any]:
-    return {"peak_mb": round(torch.cuda.max_memory_allocated() / 1e6)} if device.type == "cuda" else {}
-
-
 def encoder(bench: Bench) -> None:
     """Blocks of 2,048 images, as Ray Data gives them, from the CPU to latents on the CPU."""
     for kind in ("mlp", "conv"):
@@ -287,38 +136,34 @@ def sampling(bench: Bench) -> None:
     ckpt = bench.scratch / "latest.pt"
     checkpoint.write(ckpt, checkpoint.diffusion_content(denoiser, denoiser, NoiseSchedule(), inside, {}))
     ways = Ways(ckpt, None, bench.timed, bench.device.type)
-    fp32, bf16 = matrix_rate(bench.device), matrix_rate(bench.device, torch.bfloat16)
+    rates = {"fp32": matrix_rate(bench.device), "bf16": matrix_rate(bench.device, torch.bfloat16)}
     for name, (settings, way) in SAMPLING.items():
-        took = 0.0
-        flop = denoiser_rows(plan_of(ways.schedule, settings), settings.guidance_scale) * MATRIX_FLOP
-        for before, count in zip((0, *SIZES), SIZES, strict=False):
-            guess = took * count / max(before, 64)  # small numbers take as long as 64
-            if guess > 8 * bench.report.limit:
-                bench.report.note("sampling", f"{name}: {count:,}", "left out", why=f"{guess:.0f} s a time")
-                continue
+        rows = denoiser_rows(plan_of(ways.schedule, settings), settings.guidance_scale)
+        fastest = rates[settings.precision] / (rows * MATRIX_FLOP)  # images per second
+        bench.report.attempt("sampling", name, partial(by_sizes, bench, ways, name, way, fastest), QUALITY)
 
-            def measure(count: int = count, way: Way = way) -> list[float]:
-                started = time.perf_counter()
-                rates: list[float] = []
-                way(ways, count)
-                while not rates or time.perf_counter() - started < bench.report.limit:
-                    rates.append(way(ways, count))
-                return rates
 
-            started = time.perf_counter()
-            rates = bench.report.attempt("sampling", f"{name}: {count:,}", measure, QUALITY)
-            if rates:
-                rate = statistics.median(rates)
-                took = (time.perf_counter() - started) / (len(rates) + 1)
-                fraction = rate * flop / (bf16 if settings.precision == "bf16" else fp32)
-                more = {"ms": 1000 * count / rate, "fraction": fraction} | memory(bench.device)
-                bench.report.note("sampling", f"{name}: {count:,}", rate, "images/s", **more)
+def by_sizes(bench: Bench, ways: Ways, name: str, way: Way, fastest: float) -> None:
+    """Each number of images at a time, as far as the time for a figure goes."""
+    seconds, before = 0.0, 0
+    for count in SIZES:
+        guess = seconds * count / max(before, 64)  # fewer than 64 take as long as those
+        if guess > 8 * bench.report.limit:
+            bench.report.note("sampling", f"{name}: {count:,}", "left out", why=f"{guess:.0f} s a time")
+            return
+        started = time.perf_counter()
+        way(ways, count)  # compares tiles
+        figures = [way(ways, count)]
+        seconds, before = (time.perf_counter() - started) / 2, count
+        while time.perf_counter() - started < bench.report.limit:
+            figures.append(way(ways, count))
+        rate = statistics.median(figures)
+        more = {"ms": 1000 * count / rate, "fraction": rate / fastest} | memory(bench.device)
+        bench.report.note("sampling", f"{name}: {count:,}", rate, "images/s", **more)
 
 
 def full_training(bench: Bench) -> None:
-    from gpu_quality import train
-
-    train(bench.report, bench.device, bench.images, bench.labels, bench.test)
+    gpu_quality.train(bench.report, bench.device, bench.images, bench.labels, bench.test)
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gpu_report import Report
 from torch import Tensor
 
 from ldm_ray import checkpoint
@@ -18,9 +19,6 @@ from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import LatentCodec, LatentStatistics
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import AutoencoderTask, DenoiserTask, Task, build_task
-
-if TYPE_CHECKING:
-    from gpu import Report
 
 GOAL = 2.1  # FD-LeNet that is near the autoencoder's own on MNIST
 SAMPLES = 10_000

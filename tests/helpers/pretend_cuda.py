@@ -5,6 +5,8 @@ that mixes devices, a generator of the wrong side, an index of the wrong side an
 counts what would have kept the host waiting for the device: reading a value, a copy to the CPU, a copy from the CPU
 that is not asked for as non-blocking or not from pinned memory. Numbers are the CPU's. What it cannot show: kernels,
 memory, bits and speed of a GPU.
+
+As a plugin it rehearses the tests that need a GPU: python -m pytest -p tests.helpers.pretend_cuda -m gpu
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from ldm_ray.tiles import PIXEL_SIZES, SIZES
 from tests.helpers.data import ROOT
 
 CUDA = torch.device("cuda", 0)
@@ -34,7 +38,7 @@ NAME = "Pretended GPU"
 GROUP = "_group_tensors_by_device_and_dtype"
 
 PLACES = {T.device.__get__: "device", T.is_cuda.__get__: "is_cuda", T.is_cpu.__get__: "is_cpu"}
-MOVES = {T.to, T.cuda, T.cpu}
+MOVES = {T.to, T.cpu}
 READS = {T.item, T.tolist, T.__bool__, T.__float__, T.__int__, T.__index__, T.__complex__, torch.equal, T.equal}
 READS |= {torch.nonzero, T.nonzero, T.unique, torch.unique, torch.bincount, T.bincount, T.masked_select}
 READS |= {torch.masked_select, torch.allclose, T.allclose}  # their results' sizes or answers are the device's to give
@@ -52,6 +56,7 @@ class Seen:
 
     waits: Counter[str] = field(default_factory=Counter)
     calls: int = 0
+    refused: bool = False  # whether a wait is an error, as torch.cuda.set_sync_debug_mode has it
 
     def clear(self) -> None:
         self.waits.clear()
@@ -59,6 +64,8 @@ class Seen:
 
     def wait(self, what: str) -> None:
         self.waits[f"{what} at {place()}"] += 1
+        if self.refused:
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what} at {place()}")
 
 
 class OnCuda(torch.Tensor):
@@ -145,9 +152,9 @@ def place_of(getter: Any, tensor: Tensor) -> Any:
 
 
 def moved(func: Any, args: Any, kwargs: dict[str, Any], seen: Seen) -> Tensor:
-    """``to``, ``cuda`` and ``cpu``."""
+    """``to`` and ``cpu``."""
     tensor, rest = args[0], list(args[1:])
-    asked = {T.cuda: CUDA, T.cpu: torch.device("cpu")}.get(func, kwargs.get("device"))
+    asked = torch.device("cpu") if func is T.cpu else kwargs.get("device")
     for value in rest:
         if isinstance(value, (str, torch.device, Tensor)):
             asked = value.device if isinstance(value, Tensor) else value
@@ -284,6 +291,8 @@ def pretending(bf16: bool = True, free: int = 60 * 10**9) -> Iterator[Seen]:
         "synchronize": None,
     }.items():  # fmt: skip
         patch(cuda, name, lambda *_, answer=answer, **__: answer)
+    patch(cuda, "set_sync_debug_mode", lambda mode: setattr(seen, "refused", mode == "error"))
+    patch(torch.Tensor, "cuda", lambda tensor, *_, **settings: tensor.to(CUDA, **settings))
     patch(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)
     for home in map(importlib.import_module, ("torch.optim.optimizer", "torch.nn.utils.clip_grad")):
         patch(home, GROUP, grouped(getattr(home, GROUP)))
@@ -302,10 +311,17 @@ def pretending(bf16: bool = True, free: int = 60 * 10**9) -> Iterator[Seen]:
             patch(home, name, getattr(home, name))
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with Mode(seen):
+        with Mode(seen), mock.patch.dict(PIXEL_SIZES, cuda=(2, 8)):  # 1,024 rows of a U-Net take a CPU seconds
             yield seen
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
         torch.use_deterministic_algorithms(False)
         for home, name, value in reversed(saved):
             setattr(home, name, value)
+
+
+def pytest_configure(config: Any) -> None:
+    SIZES["cuda"] = (4, 32)  # a GPU's tiles take a CPU long
+    on = pretending()
+    on.__enter__()
+    config.add_cleanup(lambda: on.__exit__(None, None, None))

@@ -208,5 +208,6 @@ def test_compare_refuses_in_one_line(flags: list[str], said: str, tmp_path: Path
 
 
 def test_names_of_compared_checkpoints() -> None:
+    rows: list[dict[str, Any]]
     rows = [{"space": "pixel", "epochs": 1}, {"space": "latent", "epochs": 30}, {"space": "latent", "epochs": None}]
     assert names_of(rows) == ["pixel, 1 epoch", "latent, 30 epochs", "latent"]
