@@ -37,6 +37,7 @@ from ldm_ray.restore import (
     schedule_of,
 )
 from ldm_ray.safe_load import naming, with_tensors
+from ldm_ray.text import shown
 from ldm_ray.weights import kind_of, named, unwrapped
 
 SUMMARY = (
@@ -200,14 +201,14 @@ def load_diffusion(path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = 
             given.codec = given.codec.with_statistics(recorded.codec.statistics)
         said = str(args.get("ae_model") or given.codec.kind).removeprefix("ae-")
         if said != given.codec.kind and not force:
-            raise CheckpointError(f"--ae-ckpt {ae_ckpt} is of type {given.codec.kind}, but {path} needs {said}")
+            raise CheckpointError(f"--ae-ckpt {ae_ckpt} is of type {given.codec.kind}, but {path} needs {shown(said)}")
         autoencoder = given
     codec: Codec | None = autoencoder.codec if autoencoder else None
     if isinstance(denoiser, UNet):
         codec, autoencoder = PixelCodec(denoiser.image_size), None
     if autoencoder is not None and autoencoder.codec.latent_dim != denoiser.latent_dim:
         raise CheckpointError(
-            f"{path} denoises {denoiser.latent_dim} numbers, the autoencoder {autoencoder.path} "
+            f"{path} denoises {denoiser.latent_dim} numbers, the autoencoder {shown(autoencoder.path, 200)} "
             f"makes {autoencoder.codec.latent_dim}"
         )
     return DiffusionCheckpoint(

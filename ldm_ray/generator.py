@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -31,8 +32,9 @@ from ldm_ray.models.unet import UNet
 from ldm_ray.paths import AnyPath, to_path
 from ldm_ray.progress import Progress
 from ldm_ray.text import shown
-from ldm_ray.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles, single_threaded
+from ldm_ray.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles, single_threaded, within_room
 
+CHANNELS = 32  # of an autoencoder's widest layer, for each pixel
 ENGINE = 2  # goes up with every change to what a seed's bytes are
 DEFAULT = SamplingConfig()
 Watch = Callable[[int, int, Tensor], bool | None]
@@ -59,10 +61,15 @@ class Generator:
         self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
         self.class_names, self.labels = numbered(denoiser.num_classes), tuple(range(denoiser.num_classes))
         self.sha256 = ""
-        sizes = (PIXEL_SIZES, PIXEL_WHOLE) if isinstance(denoiser, UNet) else (SIZES, WHOLE)
+        unet = isinstance(denoiser, UNet)
+        numbers = math.prod(codec.image_size) * (denoiser.hidden_dim if unet else CHANNELS)
+        sizes, whole = (PIXEL_SIZES, PIXEL_WHOLE) if unet else (SIZES, WHOLE)
+        self.sizes = within_room(sizes, numbers)
         with single_threaded():
             self.denoiser: Denoise = for_sampling(denoiser.to(self.device).eval(), schedule.num_train_timesteps)
-        self.tiles = Tiles(partial(self._all_matrix_work, self.denoiser), codec.latent_dim, self.device, *sizes)
+        self.tiles = Tiles(
+            partial(self._all_matrix_work, self.denoiser), codec.latent_dim, self.device, self.sizes, whole
+        )
 
     @classmethod
     def open(
@@ -219,7 +226,7 @@ class Generator:
         check_precision("bf16", self.codec)
         assert isinstance(self.denoiser, TabledDenoiser)
         denoiser = self.denoiser.in_bf16()
-        return denoiser, Tiles(partial(self._all_matrix_work, denoiser), self.codec.latent_dim, self.device)
+        return denoiser, Tiles(partial(self._all_matrix_work, denoiser), self.codec.latent_dim, self.device, self.sizes)
 
     def _all_matrix_work(self, denoiser: Denoise, latents: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
         both = guided(denoiser, 2.0, self.null_label)(latents, t, labels)

@@ -60,6 +60,12 @@ def text(value: Any) -> str:
     return value
 
 
+def short(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 100:
+        raise Wrong("a text of at most 100 characters")
+    return value
+
+
 def one_of(*known: str) -> Check:
     def check(value: Any) -> str:
         if value not in known:
@@ -125,11 +131,11 @@ ARGS: dict[str, Check] = {
     "batch_size": whole(1, MAX_COUNT),
 }
 EMBEDDED: dict[str, Check] = {
-    "type": text,
+    "type": short,
     "latent_dim": whole(1, MAX_LATENT_DIM),
     "image_size": size,
     "path": text,
-    "sha256": text,
+    "sha256": short,
     "only_digit": DIGIT,
     "train_seconds": number(0, MAX_COUNT),
 }

@@ -20,10 +20,16 @@ from torch import Tensor
 Sizes = dict[str, tuple[int, ...]]
 SIZES: Sizes = {"cpu": (4, 8, 16, 32, 64, 128, 256), "mps": (16, 64, 256), "cuda": (64, 1024)}
 PIXEL_SIZES: Sizes = {"cpu": (1, 2, 4, 8, 16, 32), "mps": (4, 16, 64), "cuda": (16, 128, 1024)}  # a U-Net's
+ROOM = 2**24  # numbers of a layer's output for a whole tile, on a CPU
 WHOLE, PIXEL_WHOLE = 8, 1  # images up to which one thread is faster alone
 A = TypeVar("A")
 R = TypeVar("R")
 Compute = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+
+
+def within_room(sizes: Sizes, numbers: int) -> Sizes:
+    """Without those whose tiles take too much memory at so many numbers an image; 28×28 pixels have room for all."""
+    return sizes | {"cpu": tuple(size for i, size in enumerate(sizes["cpu"]) if not i or size * numbers <= ROOM)}
 
 
 class Tiles:

@@ -4,10 +4,12 @@ seconds and 2 GB, measured from outside."""
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,9 +82,7 @@ def overlapping() -> bytes:
     at = directory.index(b"a/data/0") - 46
     entry = bytearray(directory[at : at + 46 + len("a/data/0")])
     struct.pack_into("<I", entry, 42, offset)
-    more = b"".join(
-        bytes(entry[:46]).replace(struct.pack("<H", 8), struct.pack("<H", 8)) + b"a/data/0" for _ in range(200)
-    )
+    more = b"".join(bytes(entry[:46]) + b"a/dat%03d" % i for i in range(200))
     record = bytearray(end)
     count = struct.unpack_from("<H", end, 10)[0] + 200
     struct.pack_into("<HHII", record, 8, count, count, len(directory) + len(more), start)
@@ -213,3 +213,31 @@ def test_hostile_files_are_refused_in_one_line_within_bounds(measured: dict[str,
     ]
     assert seen.errors.startswith("ldm_ray.inspect: checkpoint ")
     assert seen.cpu_s < MAX_CPU_S and seen.mb < MAX_MB, seen
+
+
+def whole_denoiser(**changes: Any) -> dict[str, Any]:
+    """A denoiser of the project's own format, as large as its tables may be, with its autoencoder."""
+    inside = {"type": "mlp", "latent_dim": 16, "path": "x", "sha256": "0", "model": autoencoder()["model"]}
+    own = {"format_version": 1, "kind": "latent_diffusion", "autoencoder": inside}
+    return denoiser(hidden_dim=512, num_blocks=4, args={"T": 8000, "beta_end": 1e-3}) | own | changes
+
+
+def test_the_largest_tables_that_are_taken_are_within_bounds(tmp_path: Path) -> None:
+    torch.save(whole_denoiser(), tmp_path / "d.pt")
+    arguments = ["--ckpt", str(tmp_path / "d.pt"), "--num-images", "1", "--output", str(tmp_path / "o.png")]
+    (seen,) = outcomes([["ldm_ray.infer", *arguments]], tmp_path)
+    assert seen.code == 0 and (tmp_path / "o.png").is_file(), seen
+    assert seen.cpu_s < MAX_CPU_S and seen.mb < MAX_MB, seen
+
+
+def test_inspect_prints_bounded_text(tmp_path: Path) -> None:
+    names = [f"{i:05}" + "x" * 90 for i in range(4096)]
+    loud = {"lr": "\x1b[31m\n" * 1000, "\x07bell": ["y" * 5000] * 100, "dir": "z" * 10_000}
+    torch.save(whole_denoiser(config=loud, data={"class_names": names}, exp_name="a\rb"), tmp_path / "d.pt")
+    plain, structured = outcomes(
+        [["ldm_ray.inspect", str(tmp_path / "d.pt"), *more] for more in ([], ["--json"])], tmp_path
+    )
+    assert plain.code == structured.code == 0, plain
+    assert len(plain.output) < MAX_OUTPUT and len(structured.output) < 2_000_000
+    assert plain.output.replace("\n", "").isprintable() and structured.output.replace("\n", "").isprintable()
+    assert json.loads(structured.output)["config"]["dir"] == "z" * 4096 + "…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ldm_ray.generator import Generator
 from ldm_ray.models.codec import PixelCodec
 from ldm_ray.models.unet import UNet
 from ldm_ray.slots import Slots
-from ldm_ray.tiles import Tiles
+from ldm_ray.tiles import PIXEL_SIZES, SIZES, Tiles, within_room
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 from tests.helpers.networks import busy_unet
@@ -205,6 +206,20 @@ def test_slots_make_the_bytes_of_the_generator(generator: Generator, sampler: st
 def test_compare_refuses_in_one_line(flags: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         compare.main([str(tmp_path) if flag == "EMPTY" else flag for flag in flags])
+
+
+def test_tiles_of_large_images_are_small_and_those_of_digits_stay() -> None:
+    assert within_room(PIXEL_SIZES, 28 * 28 * 32) == PIXEL_SIZES and within_room(SIZES, 28 * 28 * 32) == SIZES
+    assert within_room(PIXEL_SIZES, 256 * 256 * 32)["cpu"] == (1, 2, 4, 8)
+    assert within_room(SIZES, 2**30)["cpu"] == (4,)
+
+
+def test_a_unet_too_large_to_be_opened_is_refused_before_it_is_trained() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--hidden-dim 64 is too large for images of 256x256; at most 32 is possible"
+    ):
+        UNet((256, 256), 64)
+    UNet((256, 256), 32)
 
 
 def test_names_of_compared_checkpoints() -> None:
