@@ -41,7 +41,7 @@ class EvaluateConfig(SamplerConfig):
         f"{GUIDANCE_SCALE:g}", "classifier-free guidance, 1 = off; several (1,1.5,2) are measured in turn"
     )
     device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
-    baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (a minute)")
+    baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (about a minute)")
     ddpm_floor: bool = option(False, "also measure DDPM with every timestep of the same weights (slow)")
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
