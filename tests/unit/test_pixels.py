@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,5 +209,9 @@ def test_compare_refuses_in_one_line(flags: list[str], said: str, tmp_path: Path
 
 
 def test_names_of_compared_checkpoints() -> None:
-    rows = [{"space": "pixel", "epochs": 1}, {"space": "latent", "epochs": 30}, {"space": "latent", "epochs": None}]
+    rows: list[dict[str, Any]] = [
+        {"space": "pixel", "epochs": 1},
+        {"space": "latent", "epochs": 30},
+        {"space": "latent", "epochs": None},
+    ]
     assert names_of(rows) == ["pixel, 1 epoch", "latent, 30 epochs", "latent"]
