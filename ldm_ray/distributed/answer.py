@@ -35,7 +35,8 @@ def check_answer(address: str) -> None:
             answer = b""
     if len(answer) < 4 or answer[3] != SETTINGS:
         raise ConnectionError(f"what listens at {host}, port {port}, is no Ray")
-    if not address.startswith("ray://"):  # Ray's client tries for half a minute at the most
+    # For "auto" ray.init finds the token first; Ray's client tries for half a minute at the most
+    if address != "auto" and not address.startswith("ray://"):
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         GcsClient(address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")

@@ -62,19 +62,23 @@ def started() -> Iterator[None]:
     """Ray on this machine, until the end. ConfigError when it does not start."""
     # What clouds do to nodes is watched by a process that this machine need not run
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+<<<<<<< HEAD
     check_temporary()
     log.info("starting Ray on this machine")
+=======
+    folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+>>>>>>> h-f
     with contextlib.ExitStack() as stack:
+        stack.enter_context(on_first(stop))
         try:
-            with local.deaf():
+            with local.deaf(), local.removed_unless_started(folder):
                 context = init("local", include_dashboard=False)  # 1 s and 2 s of a core less
                 session = stack.enter_context(local.Session(Path(context.address_info["session_dir"])))
-                stack.enter_context(on_first(stop))
+                stack.enter_context(on_first(stop))  # Ray has set a handler of its own
         except Exception as error:  # Ray raises a plain one where a start takes more than 30 s
-            folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
             raise ConfigError(
-                f"Ray does not start on this machine: {first_line(error)} (its folder is {folder}/ray; RAY_TMPDIR "
-                "names another place)"
+                f"Ray does not start on this machine: {first_line(error)} (its folder is {folder}; RAY_TMPDIR names "
+                "another place)"
             ) from None
         local.clean(session.folder.parent)
         yield
@@ -86,6 +90,7 @@ def joined(address: str) -> Iterator[None]:
     code = {"py_modules": [str(Path(ldm_ray.__file__).parent)], "excludes": ["__pycache__"]}
     log.info("joining the Ray cluster of RAY_ADDRESS=%s", address)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(on_first(stop))
         try:
             check_answer(address)
             init(address, runtime_env=code)
@@ -104,12 +109,15 @@ def init(address: str, **settings: Any) -> Any:
     try:
         with silent_stderr():  # its C++ announces the log level set above
             return ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **settings)
-    except SystemExit:  # by the handler of SIGTERM that it has just set, with another exit code
-        stop(signal.SIGTERM)
+    except SystemExit as end:
+        if end.code == signal.SIGTERM:  # by the handler that it has just set
+            stop(signal.SIGTERM)
+        raise
 
 
 def stop(number: int) -> None:
     """Ends the command with the exit code that the signal has."""
+    print(f"\n{signal.Signals(number).name}: stopping", file=sys.stderr, flush=True)
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 

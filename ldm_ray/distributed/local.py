@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,21 @@ def deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def removed_unless_started(folder: Path) -> Iterator[None]:
+    """Ends what was started within, and removes its session from Ray's folder, where that was interrupted or failed."""
+    begun = time.time()
+    try:
+        yield
+    except BaseException:
+        ray.shutdown()
+        for session in folder.glob(f"session_*_{os.getpid()}"):
+            if session.stat().st_mtime >= begun - 1:
+                kill(session.resolve())
+                shutil.rmtree(session, ignore_errors=True)
+        raise
+
+
 class Session:
     """One start of Ray by this process: its folder and its processes."""
 
@@ -58,9 +74,9 @@ class Session:
         from ray._private import worker
 
         head: Any = worker._global_node
-        end_all = head.kill_all_processes
-        # By SIGKILL: they are deaf to SIGTERM, for which Ray would wait a second each
-        head.kill_all_processes = lambda **_: end_all(check_alive=False, allow_graceful=False, wait=True)
+        if head is not None:  # By SIGKILL: they are deaf to SIGTERM, for which Ray would wait a second each
+            end_all = head.kill_all_processes
+            head.kill_all_processes = lambda **_: end_all(check_alive=False, allow_graceful=False, wait=True)
         ray.shutdown()
         kill(self.folder)
         self.lock.close()
@@ -75,7 +91,7 @@ def clean(folder: Path) -> None:
         kill(session)
         shutil.rmtree(session, ignore_errors=True)
     if dead:
-        log.info("removed from %s what %d earlier commands had left there of their Ray", folder, len(dead))
+        log.info("removed from %s what earlier commands had left there of their Ray (%d)", folder, len(dead))
 
 
 def is_dead(mark: Path) -> bool:
