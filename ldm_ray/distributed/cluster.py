@@ -62,12 +62,9 @@ def started() -> Iterator[None]:
     """Ray on this machine, until the end. ConfigError when it does not start."""
     # What clouds do to nodes is watched by a process that this machine need not run
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-<<<<<<< HEAD
     check_temporary()
     log.info("starting Ray on this machine")
-=======
     folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
->>>>>>> h-f
     with contextlib.ExitStack() as stack:
         stack.enter_context(on_first(stop))
         try:

@@ -223,14 +223,9 @@ def test_a_unet_too_large_to_be_opened_is_refused_before_it_is_trained() -> None
 
 
 def test_names_of_compared_checkpoints() -> None:
-<<<<<<< HEAD
-    rows: list[dict[str, Any]]
-    rows = [{"space": "pixel", "epochs": 1}, {"space": "latent", "epochs": 30}, {"space": "latent", "epochs": None}]
-=======
     rows: list[dict[str, Any]] = [
         {"space": "pixel", "epochs": 1},
         {"space": "latent", "epochs": 30},
         {"space": "latent", "epochs": None},
     ]
->>>>>>> h-f
     assert names_of(rows) == ["pixel, 1 epoch", "latent, 30 epochs", "latent"]
