@@ -77,10 +77,12 @@ def fitted(
         task = build_task(config, device, inside, shape)
         return task, Fitter(task, task.model, config, data, labels, len(data), 0, 1, device)
 
-    started = time.perf_counter()
     _, trial = begun(config)
     steps = min(trial.steps_per_epoch, 100)
-    for rows in trial.order().to(trial.data.device).split(trial.batch)[:steps]:
+    batches = trial.order().to(trial.data.device).split(trial.batch)[:steps]
+    float(trial.train_step(batches[0]))  # whatever is loaded first
+    started = time.perf_counter()
+    for rows in batches:
         loss = trial.train_step(rows)
     float(loss)
     epoch = (time.perf_counter() - started) * trial.steps_per_epoch / steps
