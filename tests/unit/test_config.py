@@ -256,5 +256,5 @@ def test_a_denoiser_too_large_to_be_opened_is_refused_before_it_is_trained() -> 
     with pytest.raises(ConfigError, match=r"T 100000 × 4 blocks × hidden size 256: at most"):
         TrainConfig(num_train_timesteps=100_000)
     with pytest.raises(ConfigError, match=r"4 blocks of hidden size 8192 have more than 201,326,592 weights"):
-        TrainConfig(num_train_timesteps=400, hidden_dim=8192)
+        TrainConfig(hidden_dim=8192, num_train_timesteps=500)
     TrainConfig(hidden_dim=4096)
