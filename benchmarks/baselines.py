@@ -9,7 +9,7 @@ from ray import serve
 from ray.serve import Application
 
 from ldm_ray.data.images import encode_png
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 
 QUIET = {"enable_access_log": False}
 

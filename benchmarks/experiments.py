@@ -21,16 +21,18 @@ from typing import Any
 
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.cli import Parser, parse_config
-from ldm_ray.config import SAMPLERS, AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig, cache_dir
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.examples import SPLIT_SEED
 from ldm_ray.data.sources import load_source
+from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.diffusion.samplers import DEFAULT_STEPS
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
+from ldm_ray.files.paths import cache_dir
 from ldm_ray.metrics.floors import chosen, encode, reconstruct
 from ldm_ray.metrics.quality import Reference, quality
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.models.codec import LatentCodec
+from ldm_ray.settings.config import SAMPLERS, AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_ray.terminal.cli import Parser, parse_config
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import AutoencoderTask, DenoiserTask, Task, build_task
 

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from ldm_ray.data.images import SIGNATURE, encode_pngs, png_chunk
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 
 
 def bare(generator: Generator, count: int) -> float:

@@ -30,16 +30,16 @@ from gpu_report import Bench, Report, memory
 from sampling import MATRIX_FLOP, Ways, matrix_rate
 from torch import Tensor
 
-from ldm_ray import checkpoint
-from ldm_ray.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.images import to_float
 from ldm_ray.data.sources import load_source
-from ldm_ray.devices import pick_device, picked, sent, settle
+from ldm_ray.devices.device import pick_device, picked, sent, settle
 from ldm_ray.diffusion.samplers import denoiser_rows, plan_of
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.settings.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 

@@ -13,16 +13,16 @@ from checkout import ROOT
 from gpu_report import Bench
 from sampling import matrix_rate
 
-from ldm_ray.config import SamplingConfig
-from ldm_ray.devices import numerics_of
+from ldm_ray.devices.device import numerics_of
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
+from ldm_ray.engine.jobs import Job
+from ldm_ray.engine.slots import Slots
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec, PixelCodec
 from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.unet import UNet
-from ldm_ray.slot_jobs import Job
-from ldm_ray.slots import Slots
+from ldm_ray.settings.config import SamplingConfig
 
 
 def facts(bench: Bench) -> None:

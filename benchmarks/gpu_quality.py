@@ -9,14 +9,15 @@ import torch
 from gpu_report import Report
 from torch import Tensor
 
-from ldm_ray import checkpoint
-from ldm_ray.checkpoint import AutoencoderCheckpoint
-from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig
-from ldm_ray.generator import Generator
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint
+from ldm_ray.data.statistics import LatentStatistics
+from ldm_ray.engine.generator import Generator
 from ldm_ray.metrics import floors
 from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.metrics.quality import Reference, quality
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.models.codec import LatentCodec
+from ldm_ray.settings.config import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import AutoencoderTask, DenoiserTask, Task, build_task
 

@@ -31,9 +31,9 @@ import numpy as np
 from checkout import ROOT
 from gpu_report import Report
 
-from ldm_ray.devices import pick_device
-from ldm_ray.generator import Generator
-from ldm_ray.runs import newest_diffusion
+from ldm_ray.checkpoints.runs import newest_diffusion
+from ldm_ray.devices.device import pick_device
+from ldm_ray.engine.generator import Generator
 
 REQUESTS, SIDE_BY_SIDE, EACH = 200, 16, 16
 ENVIRONMENT = os.environ | {

@@ -32,18 +32,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_ray import checkpoint
-from ldm_ray.checkpoint import load_autoencoder
-from ldm_ray.config import AutoencoderConfig, TrainConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.checkpoint import load_autoencoder
 from ldm_ray.data.examples import read_examples, split
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, load_source
-from ldm_ray.devices import autocast, pick_device
+from ldm_ray.devices.device import autocast, pick_device
 from ldm_ray.diffusion.objective import denoising_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
+from ldm_ray.files.paths import AnyPath
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.paths import AnyPath
+from ldm_ray.settings.config import AutoencoderConfig, TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 

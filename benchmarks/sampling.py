@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from pipeline import in_turn, show
 
-from ldm_ray.checkpoint import load_diffusion
-from ldm_ray.config import SamplingConfig
+from ldm_ray.checkpoints.checkpoint import load_diffusion
 from ldm_ray.data.images import to_uint8
-from ldm_ray.devices import pick_device, settle
+from ldm_ray.devices.device import pick_device, settle
 from ldm_ray.diffusion.samplers import ddpm, denoiser_rows, dpmpp_2m, plan_of, sample
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
+from ldm_ray.engine.tabled import TabledDenoiser
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.models.tabled import TabledDenoiser
+from ldm_ray.settings.config import SamplingConfig
 
 MATRIX_FLOP = 1.065e6  # per image and step with conditioning from tables, hidden width 256; 3.36e6 without
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ldm_ray.checkpoint import load_autoencoder
+from ldm_ray.checkpoints.checkpoint import load_autoencoder
 from ldm_ray.data.sources import load_source
 
 TIMES = 4

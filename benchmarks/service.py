@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 
 ROOT = Path(__file__).resolve().parents[1]
 PORT = 8765

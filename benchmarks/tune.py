@@ -27,18 +27,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.config import SamplingConfig, TrainConfig
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.examples import read_examples, split
 from ldm_ray.data.images import to_uint8
 from ldm_ray.data.sources import load_source
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
-from ldm_ray.metrics.latent_frechet import ClassFrechet
 from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.models import registry
 from ldm_ray.models.conditioning import ConditionedDenoiser
-from ldm_ray.training import trial
+from ldm_ray.search import trial
+from ldm_ray.search.objective import ClassFrechet
+from ldm_ray.settings.config import SamplingConfig, TrainConfig
 from ldm_ray.training.tasks import DenoiserTask
 
 SEARCH = Path(__file__).resolve().parents[1] / "tune" / "search.py"

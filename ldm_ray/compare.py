@@ -17,12 +17,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ldm_ray import cli
-from ldm_ray.config import cache_dir, outdir
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.metrics.config import CompareConfig
-from ldm_ray.paths import AnyPath, to_path
-from ldm_ray.progress import Progress
+from ldm_ray.files.paths import AnyPath, cache_dir, outdir, to_path
+from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.evaluation import CompareConfig
+from ldm_ray.terminal import cli
+from ldm_ray.terminal.progress import Progress
 
 PROG = "python -m ldm_ray.compare"
 ROWS, COLUMNS = 8, 10  # of each checkpoint's images in the picture; classes at most
@@ -32,12 +31,13 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(CompareConfig, cli.Parser(prog=PROG, description=__doc__), argv)
     output = cli.folder_path(config.output)
-    from ldm_ray import comparison, runs
-    from ldm_ray.checkpoint import versions
+    from ldm_ray.checkpoints import runs
+    from ldm_ray.checkpoints.checkpoint import versions
     from ldm_ray.data.images import encode_png
-    from ldm_ray.devices import pick_device
+    from ldm_ray.devices.device import pick_device
+    from ldm_ray.files.paths import write_bytes
+    from ldm_ray.metrics import comparison
     from ldm_ray.metrics.picture import side_by_side
-    from ldm_ray.paths import write_bytes
 
     base, device = outdir(config.outdir), pick_device(config.device)
     paths = [to_path(path) for path in config.ckpt or ()] or newest(base)
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def newest(base: AnyPath) -> list[AnyPath]:
     """The newest checkpoint of each space. ConfigError unless there is one of each."""
-    from ldm_ray import runs
-    from ldm_ray.config import SPACES
+    from ldm_ray.checkpoints import runs
+    from ldm_ray.settings.config import SPACES
 
     found = {space: runs.newest_diffusion(base, (space,)) for space in SPACES}
     for space, path in found.items():
@@ -87,7 +87,7 @@ def newest(base: AnyPath) -> list[AnyPath]:
 def load_checked(path: AnyPath, base: AnyPath, config: CompareConfig) -> Any:
     """A checkpoint that can be measured. CheckpointError when it cannot."""
     from ldm_ray.diffusion.samplers import plan_of
-    from ldm_ray.generator import check_precision, load
+    from ldm_ray.engine.generator import check_precision, load
 
     found = load(path, search=[path.parent, base])
     plan_of(found.schedule, config.sampling, found.prediction_type)  # more steps than timesteps are refused here
@@ -115,7 +115,7 @@ def real_images(loaded: list[Any], paths: list[AnyPath], config: CompareConfig) 
 def images_of(model: Any, device: Any, config: CompareConfig) -> tuple[Any, int]:
     """(ROWS images (N, 1, H, W) uint8 of each class, the number of columns: one for each class). The columns of a model
     of one digit all show that."""
-    from ldm_ray.generator import Generator
+    from ldm_ray.engine.generator import Generator
 
     generator, only = Generator.of(model, device), model.info.get("args", {}).get("only_digit")
     columns = min(COLUMNS, len(generator.labels))
@@ -126,7 +126,7 @@ def images_of(model: Any, device: Any, config: CompareConfig) -> tuple[Any, int]
 
 def measured(model: Any, path: AnyPath, device: Any, config: CompareConfig, sources: list[Any]) -> dict[str, Any]:
     """The quality of a checkpoint's images beside the real ones of ``sources``, and the floor beside it."""
-    from ldm_ray.generator import Generator
+    from ldm_ray.engine.generator import Generator
     from ldm_ray.metrics.evaluation import evaluate
     from ldm_ray.metrics.report import floor_of
 

@@ -14,11 +14,10 @@ if not __package__:  # python ldm_ray/evaluate.py
 
 from collections.abc import Sequence
 
-from ldm_ray import cli
-from ldm_ray.config import cache_dir, outdir
-from ldm_ray.errors import ConfigError
-from ldm_ray.metrics.config import EvaluateConfig
-from ldm_ray.paths import to_path
+from ldm_ray.files.paths import cache_dir, outdir, to_path
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.evaluation import EvaluateConfig
+from ldm_ray.terminal import cli
 
 PROG = "python -m ldm_ray.evaluate"
 
@@ -26,16 +25,16 @@ PROG = "python -m ldm_ray.evaluate"
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(EvaluateConfig, cli.Parser(prog=PROG, description=__doc__), argv)
     output = cli.folder_path(config.output)
-    from ldm_ray import runs
-    from ldm_ray.checkpoint import versions
+    from ldm_ray.checkpoints import runs
+    from ldm_ray.checkpoints.checkpoint import versions
     from ldm_ray.data.images import encode_png
     from ldm_ray.data.recorded import load_own
-    from ldm_ray.devices import pick_device
-    from ldm_ray.generator import Generator, check_precision, load
+    from ldm_ray.devices.device import pick_device
+    from ldm_ray.engine.generator import Generator, check_precision, load
+    from ldm_ray.files.paths import write_bytes
     from ldm_ray.metrics.evaluation import evaluate, write_json
     from ldm_ray.metrics.lenet import SHA256
     from ldm_ray.metrics.report import table
-    from ldm_ray.paths import write_bytes
 
     base = outdir(config.outdir)
     device = pick_device(config.device)

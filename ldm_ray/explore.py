@@ -15,17 +15,16 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ldm_ray import cli
-from ldm_ray.config import outdir
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.latents.config import ExploreConfig
-from ldm_ray.paths import to_path
-from ldm_ray.words import counted
+from ldm_ray.files.paths import outdir, to_path
+from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.latents import ExploreConfig
+from ldm_ray.terminal import cli
+from ldm_ray.terminal.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm_ray.generator import Generator
+    from ldm_ray.engine.generator import Generator
 
 PROG = "python -m ldm_ray.explore"
 Names = list[str]
@@ -34,12 +33,12 @@ Names = list[str]
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(ExploreConfig, cli.Parser(prog=PROG, description=__doc__), argv)
     output = cli.picture_path(config.output)
-    from ldm_ray import runs
+    from ldm_ray.checkpoints import runs
     from ldm_ray.data.images import encode_png, grid
-    from ldm_ray.devices import pick_device
-    from ldm_ray.generator import Generator
+    from ldm_ray.devices.device import pick_device
+    from ldm_ray.engine.generator import Generator
+    from ldm_ray.files.paths import write_bytes
     from ldm_ray.latents.labels import labelled
-    from ldm_ray.paths import write_bytes
 
     base = outdir(config.outdir)
     ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(base)
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def labels_of(config: ExploreConfig, generator: Generator, only: int | None) -> list[int | None]:
     """The classes asked for. ConfigError: unknown; CheckpointError: not the one that the model was trained on."""
-    from ldm_ray.classes import classes_of
+    from ldm_ray.data.classes import classes_of
 
     if config.digits is None:
         found: list[int | None] = [only] if only is not None else list(generator.labels)

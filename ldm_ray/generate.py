@@ -22,21 +22,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_ray import cli
-from ldm_ray.config import outdir
-from ldm_ray.dataset.config import GenerateConfig, VerifyConfig
-from ldm_ray.errors import ConfigError
-from ldm_ray.hold import hold
-from ldm_ray.paths import AnyPath, local_path, to_path
-from ldm_ray.progress import Progress
-from ldm_ray.signals import on_first
-from ldm_ray.words import counted
+from ldm_ray.files.hold import hold
+from ldm_ray.files.paths import AnyPath, local_path, outdir, to_path
+from ldm_ray.settings.datasets import GenerateConfig, VerifyConfig
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.terminal import cli
+from ldm_ray.terminal.progress import Progress
+from ldm_ray.terminal.signals import on_first
+from ldm_ray.terminal.words import counted
 
 if TYPE_CHECKING:
-    from ldm_ray.checkpoint import DiffusionCheckpoint
+    from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint
     from ldm_ray.dataset.request import Request
     from ldm_ray.dataset.shards import Record
-    from ldm_ray.store import Store
+    from ldm_ray.files.store import Store
 
 PROG = "python -m ldm_ray.generate"
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def verify(argv: Sequence[str]) -> int:
 
 def checkpoint_path(given: str | None) -> AnyPath:
     """The given checkpoint or the newest. ConfigError when there is none."""
-    from ldm_ray import runs
+    from ldm_ray.checkpoints import runs
 
     path = to_path(given) if given else runs.newest_diffusion(outdir(None))
     if path is None:
@@ -97,7 +96,7 @@ def checkpoint_path(given: str | None) -> AnyPath:
 
 
 def load_model(config: GenerateConfig, path: AnyPath) -> DiffusionCheckpoint:
-    from ldm_ray.generator import load
+    from ldm_ray.engine.generator import load
 
     ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
     return load(path, ae_ckpt, config.force, search=[path.parent, outdir(None)])
@@ -108,7 +107,7 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     from ldm_ray.dataset.request import Request
     from ldm_ray.dataset.rows import Labels, Seeds
     from ldm_ray.diffusion.samplers import plan_of, with_defaults
-    from ldm_ray.generator import check_precision
+    from ldm_ray.engine.generator import check_precision
 
     plan_of(model.schedule, config.sampling, model.prediction_type)  # more steps than timesteps are refused here
     check_precision(config.precision, model.codec)
@@ -137,9 +136,9 @@ def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) 
     ConfigError when another command has it, or it holds another request.
     """
     from ldm_ray.dataset import finish, shards
-    from ldm_ray.devices import pick_device
-    from ldm_ray.generator import fingerprint_of
-    from ldm_ray.store import Store
+    from ldm_ray.devices.device import pick_device
+    from ldm_ray.engine.generator import fingerprint_of
+    from ldm_ray.files.store import Store
 
     model, store = load_model(config, path), Store(config.outdir)
     with contextlib.ExitStack() as stack:

@@ -17,11 +17,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from ldm_ray import cli
-from ldm_ray.config import MAX_SEED, InferConfig, outdir
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.paths import to_path
-from ldm_ray.words import counted
+from ldm_ray.files.paths import outdir, to_path
+from ldm_ray.settings.config import MAX_SEED, InferConfig
+from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.terminal import cli
+from ldm_ray.terminal.words import counted
 
 PROG = "python -m ldm_ray.infer"
 PROCESS_IMAGES = 8
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = cli.picture_path(config.output)
     if config.seed + config.num_images - 1 > MAX_SEED:
         raise ConfigError(f"--seed {config.seed} with {config.num_images} images goes beyond the last seed, {MAX_SEED}")
-    from ldm_ray import runs
-    from ldm_ray.classes import class_of
+    from ldm_ray.checkpoints import runs
+    from ldm_ray.data.classes import class_of
     from ldm_ray.data.images import save_grid
-    from ldm_ray.devices import pick_device
-    from ldm_ray.generator import Generator
+    from ldm_ray.devices.device import pick_device
+    from ldm_ray.engine.generator import Generator
 
     device = pick_device(config.device)
     ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(outdir(config.outdir))

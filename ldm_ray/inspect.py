@@ -14,11 +14,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ldm_ray import cli
-from ldm_ray.config import outdir
-from ldm_ray.errors import ConfigError
-from ldm_ray.paths import AnyPath, to_path
-from ldm_ray.text import shown
+from ldm_ray.files.paths import AnyPath, outdir, to_path
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.terminal import cli
+from ldm_ray.terminal.text import shown
 
 PROG = "python -m ldm_ray.inspect"
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def newest() -> AnyPath:
     """The newest denoiser's checkpoint. ConfigError when there is none."""
-    from ldm_ray import runs
+    from ldm_ray.checkpoints import runs
 
     base = outdir(None)
     path = runs.newest_diffusion(base)
@@ -98,7 +97,7 @@ def phrases(values: dict[str, Any], forms: dict[str, str]) -> list[str]:
 
 def describe(path: AnyPath) -> dict[str, Any]:
     """What the file holds. CheckpointError when it is no usable checkpoint."""
-    from ldm_ray import checkpoint
+    from ldm_ray.checkpoints import checkpoint
 
     content, kind = checkpoint.glance(path)
     found: dict[str, Any] = {"file": str(path), "kind": kind}

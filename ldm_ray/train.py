@@ -18,8 +18,8 @@ if not __package__:  # python ldm_ray/train.py
 
 from collections.abc import Sequence
 
-from ldm_ray import cli
-from ldm_ray.config import TrainConfig
+from ldm_ray.settings.config import TrainConfig
+from ldm_ray.terminal import cli
 
 PROG = "python -m ldm_ray.train"
 

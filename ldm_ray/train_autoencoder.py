@@ -16,8 +16,8 @@ if not __package__:  # python ldm_ray/train_autoencoder.py
 
 from collections.abc import Sequence
 
-from ldm_ray import cli
-from ldm_ray.config import AutoencoderConfig
+from ldm_ray.settings.config import AutoencoderConfig
+from ldm_ray.terminal import cli
 
 PROG = "python -m ldm_ray.train_autoencoder"
 

@@ -17,9 +17,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ldm_ray import cli
-from ldm_ray.latents.config import TsneConfig
-from ldm_ray.progress import Progress
+from ldm_ray.settings.latents import TsneConfig
+from ldm_ray.terminal import cli
+from ldm_ray.terminal.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = cli.picture_path(config.output)
     import numpy as np
 
-    from ldm_ray.checkpoint import versions
+    from ldm_ray.checkpoints.checkpoint import versions
+    from ldm_ray.files.paths import write_bytes
     from ldm_ray.latents.cloud import gather
     from ldm_ray.latents.maps import tsne
     from ldm_ray.latents.picture import Panel, draw
-    from ldm_ray.paths import write_bytes
 
     found = gather(config)
     parts = [found.test] + ([found.made] if found.made else [])

@@ -17,11 +17,11 @@ from ray import serve
 from ray.serve import Application
 
 from ldm_ray.distributed.gpus import Share, check_worker, shared_out
-from ldm_ray.errors import ConfigError
-from serve.proxy import CALLBACK
-from serve.routes import build
-from serve.service import Service
-from serve.settings import Mistake, Settings, check
+from ldm_ray.service.proxy import CALLBACK
+from ldm_ray.service.routes import build
+from ldm_ray.service.service import Service
+from ldm_ray.service.settings import Mistake, Settings, check
+from ldm_ray.settings.errors import ConfigError
 
 SWITCH_S = 0.0005  # the threads of tiles and the event loop hand over to each other ten times as often as by default
 MAX_ONGOING = 65_536  # admission is the service's own, in JSON; Serve's limit is only above it and half-sent bodies

@@ -26,15 +26,15 @@ if __name__ == "__main__":  # the package beside this file, installed or not; Ra
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[1], os.environ.get("PYTHONPATH")]))
 
-from records import Records, SearchPaths, best_config, read_search, table
-from space import SearchConfig
-
-from ldm_ray import checkpoint, cli, runs
-from ldm_ray.config import TrainConfig, outdir
+from ldm_ray.checkpoints import checkpoint, runs
 from ldm_ray.data.identity import changes, record_of
-from ldm_ray.errors import ConfigError, LdmError
-from ldm_ray.hold import hold, new_folder
-from ldm_ray.paths import to_path, write_bytes
+from ldm_ray.files.hold import hold, new_folder
+from ldm_ray.files.paths import outdir, to_path, write_bytes
+from ldm_ray.search.records import Records, SearchPaths, best_config, read_search, table
+from ldm_ray.search.space import SearchConfig
+from ldm_ray.settings.config import TrainConfig
+from ldm_ray.settings.errors import ConfigError, LdmError
+from ldm_ray.terminal import cli
 
 PROG = "python tune/search.py"
 log = logging.getLogger("ldm_ray.tune")
@@ -86,9 +86,9 @@ def search(config: SearchConfig, paths: SearchPaths, latents: Any, base: Path) -
 
     latents: of ``pipeline.latents_of``. Raises LdmError when every trial failed.
     """
-    from engine import Engine
+    from ldm_ray.distributed.search import Engine
 
-    data = record_of(latents.source, latents.autoencoder)
+    data = record_of(latents.source, latents.autoencoder.sha256)
     records = records_of(config, paths, data)
     engine = Engine(config, paths, latents)
     state = {"config": config.to_dict(), "data": data, "floor": engine.floor, "versions": checkpoint.versions()}
@@ -113,7 +113,7 @@ def search(config: SearchConfig, paths: SearchPaths, latents: Any, base: Path) -
 
 def show(paths: SearchPaths, records: Records, floor: float, config: SearchConfig) -> None:
     """Prints the table and the files, after drawing the pictures."""
-    from pictures import draw
+    from ldm_ray.search.pictures import draw
 
     text = table(records.ranked(), floor)
     write_bytes(paths.table, (text + "\n").encode())

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ldm_ray.errors import DataError
-from ldm_ray.models.codec import LatentStatistics
-from ldm_ray.paths import AnyPath, folder_at_once, write_bytes
+from ldm_ray.data.statistics import LatentStatistics
+from ldm_ray.files.paths import AnyPath, folder_at_once, write_bytes
+from ldm_ray.settings.errors import DataError
 
 MANIFEST = "manifest.json"
 ROWS_PER_FILE = 1_000_000

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ldm_ray
 from ldm_ray.data.sources import ImageSource, content_hash
 
-if TYPE_CHECKING:
-    from ldm_ray.checkpoint import AutoencoderCheckpoint
 
-
-def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
+def identity_of(source: ImageSource, autoencoder_sha256: str | None) -> dict[str, Any]:
     """What the examples follow from."""
     return {
-        "autoencoder_sha256": autoencoder.sha256 if autoencoder else None,
+        "autoencoder_sha256": autoencoder_sha256,
         "dataset": source.name if "/" not in source.name or not Path(source.name).is_absolute() else "folder",
         "revision": source.revision,
         "split": source.split,
@@ -24,14 +21,14 @@ def identity_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) 
     }
 
 
-def record_of(source: ImageSource, autoencoder: AutoencoderCheckpoint | None) -> dict[str, Any]:
+def record_of(source: ImageSource, autoencoder_sha256: str | None) -> dict[str, Any]:
     """A checkpoint's ``data``: the identity of its examples, and what does not change them.
 
     content: a hash of the images and labels themselves, wherever they lie and however they are cut into files.
     """
     shape = {"image_size": list(source.image_size), "class_names": list(source.class_names)}
     shape |= {"without_images": list(source.without_images)}
-    return identity_of(source, autoencoder) | {"content": content_hash(source.table)} | shape
+    return identity_of(source, autoencoder_sha256) | {"content": content_hash(source.table)} | shape
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

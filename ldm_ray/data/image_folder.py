@@ -24,11 +24,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm_ray.classes import MAX_CLASSES, numbered, usable_names
+from ldm_ray.data.classes import numbered, usable_names
 from ldm_ray.data.metadata import METADATA, Picture, has_labels, listed, metadata_in
 from ldm_ray.data.parquet_folder import SPLITS, check_shards, names_of
 from ldm_ray.data.walk import files_below, folders_in, is_picture, pictures_in
-from ldm_ray.errors import DataError
+from ldm_ray.settings.errors import DataError
+from ldm_ray.settings.limits import MAX_CLASSES
 
 SPELLINGS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 NO_CLASS = re.compile(  # train_images, trainingSet, val, images: what a folder of no class is called

@@ -15,8 +15,8 @@ import torch
 from PIL import GifImagePlugin, Image
 from torch import Tensor
 
-from ldm_ray.errors import DataError
-from ldm_ray.paths import AnyPath, write_bytes
+from ldm_ray.files.paths import AnyPath, write_bytes
+from ldm_ray.settings.errors import DataError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 STORED_UP_TO = 4096  # bytes of pixels

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from ldm_ray.classes import told, usable_names
+from ldm_ray.data.classes import told, usable_names
 from ldm_ray.data.metadata import METADATA
 from ldm_ray.data.walk import files_below
-from ldm_ray.errors import DataError
+from ldm_ray.settings.errors import DataError
 
 SPLITS = ("train", "test")
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(-[0-9a-f]+)?")  # the hub's earlier names end in a hash

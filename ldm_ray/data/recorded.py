@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_ray.data.sources import ImageSource, content_hash, load_source
-from ldm_ray.errors import ConfigError, DataError
+from ldm_ray.settings.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 

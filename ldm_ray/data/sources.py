@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ldm_ray.classes import MAX_CLASSES, numbered, told, usable_names
 from ldm_ray.data import image_folder, parquet_folder
+from ldm_ray.data.classes import numbered, told, usable_names
 from ldm_ray.data.digits import digits_table
 from ldm_ray.data.images import decode_png
 from ldm_ray.data.walk import files_below
-from ldm_ray.errors import DataError
-from ldm_ray.paths import local_path
+from ldm_ray.files.paths import local_path
+from ldm_ray.settings.errors import DataError
+from ldm_ray.settings.limits import MAX_CLASSES
 
 HUB_MNIST = "ylecun/mnist"
 HUB_TIMEOUT_S = 4.0

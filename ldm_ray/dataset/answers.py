@@ -18,20 +18,20 @@ from typing import IO, Any
 
 import torch
 
-from ldm_ray.checkpoint import DiffusionCheckpoint
-from ldm_ray.classes import class_of, numbered, told
-from ldm_ray.cli import check_place
-from ldm_ray.config import MAX_SEED, SamplingConfig
+from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint
+from ldm_ray.data.classes import class_of, numbered, told
 from ldm_ray.data.images import encode_pngs
-from ldm_ray.dataset.config import GenerateConfig
 from ldm_ray.dataset.shards import BATCH
-from ldm_ray.devices import pick_device
+from ldm_ray.devices.device import pick_device
 from ldm_ray.diffusion.samplers import plan_of
-from ldm_ray.errors import ConfigError
-from ldm_ray.generator import DEFAULT, Generator
-from ldm_ray.paths import replaced
-from ldm_ray.progress import Progress
-from ldm_ray.words import counted
+from ldm_ray.engine.generator import DEFAULT, Generator
+from ldm_ray.files.paths import replaced
+from ldm_ray.settings.config import MAX_SEED, SamplingConfig
+from ldm_ray.settings.datasets import GenerateConfig
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.terminal.cli import check_place
+from ldm_ray.terminal.progress import Progress
+from ldm_ray.terminal.words import counted
 
 SAMPLING = ("sampler", "num_inference_steps", "timestep_spacing", "eta", "guidance_scale", "guidance_start")
 FIELDS = {"class_label", "prompt", "n", "seed", "seeds", "model", "response_format", *SAMPLING}

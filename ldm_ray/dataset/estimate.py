@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 import torch
 
-from ldm_ray.checkpoint import DiffusionCheckpoint
+from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint
 from ldm_ray.data.images import encode_pngs
-from ldm_ray.dataset.config import GenerateConfig
 from ldm_ray.dataset.formats import encode
 from ldm_ray.dataset.request import Request
 from ldm_ray.dataset.shards import Job, Record
-from ldm_ray.store import Store
-from ldm_ray.words import counted
+from ldm_ray.files.store import Store
+from ldm_ray.settings.datasets import GenerateConfig
+from ldm_ray.terminal.words import counted
 
 MEASURED = {"cpu": 512, "mps": 512, "cuda": 16_384}
 

@@ -19,8 +19,8 @@ from ldm_ray.data.images import decode_png, encode_png, grid
 from ldm_ray.dataset.formats import features, rows
 from ldm_ray.dataset.request import Request
 from ldm_ray.dataset.shards import Record, load
-from ldm_ray.paths import naming
-from ldm_ray.store import PARTIAL, Store
+from ldm_ray.files.paths import naming
+from ldm_ray.files.store import PARTIAL, Store
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"

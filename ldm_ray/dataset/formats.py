@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from ldm_ray.data.examples import fixed_size
 from ldm_ray.data.images import encode_pngs
-from ldm_ray.errors import DataError
-from ldm_ray.store import Store
+from ldm_ray.files.store import Store
+from ldm_ray.settings.errors import DataError
 
 GROUP = 1000  # rows of a row group
 ENDINGS = {"parquet": ".parquet", "webdataset": ".tar", "png": "/metadata.jsonl"}

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ldm_ray.checkpoint import DiffusionCheckpoint
+from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint
 from ldm_ray.dataset.formats import ENDINGS, Shard, encode
 from ldm_ray.dataset.request import Request
-from ldm_ray.errors import ConfigError, DataError
-from ldm_ray.generator import Generator
-from ldm_ray.store import Store
+from ldm_ray.engine.generator import Generator
+from ldm_ray.files.store import Store
+from ldm_ray.settings.errors import ConfigError, DataError
 
 RECORDS = ".committed"
 BATCH = {"cpu": 2048, "mps": 2048, "cuda": 65_536}

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from ldm_ray.checkpoint import file_sha256
+from ldm_ray.checkpoints.checkpoint import file_sha256
 from ldm_ray.data.images import encode_pngs
-from ldm_ray.dataset.config import VerifyConfig
 from ldm_ray.dataset.finish import SUMS, sums
 from ldm_ray.dataset.formats import Row, rows
 from ldm_ray.dataset.request import MANIFEST, Request, read_manifest, rebuild
 from ldm_ray.dataset.shards import Record, file_of, read_record
-from ldm_ray.devices import pick_device
-from ldm_ray.errors import ConfigError, DataError
-from ldm_ray.generator import Generator, fingerprint_of, load
-from ldm_ray.paths import to_path
-from ldm_ray.progress import Progress
-from ldm_ray.store import Store
+from ldm_ray.devices.device import pick_device
+from ldm_ray.engine.generator import Generator, fingerprint_of, load
+from ldm_ray.files.paths import to_path
+from ldm_ray.files.store import Store
+from ldm_ray.settings.datasets import VerifyConfig
+from ldm_ray.settings.errors import ConfigError, DataError
+from ldm_ray.terminal.progress import Progress
 
 SHOWN = 10
 log = logging.getLogger(__name__)

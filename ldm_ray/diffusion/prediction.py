@@ -5,8 +5,8 @@ With ᾱ of the timestep and xt = √ᾱ x0 + √(1 − ᾱ) ε (DDPM, arXiv:200
 
 from __future__ import annotations
 
-from ldm_ray.config import PREDICTION_TYPES
-from ldm_ray.errors import ConfigError
+from ldm_ray.settings.config import PREDICTION_TYPES
+from ldm_ray.settings.errors import ConfigError
 
 
 def x0_weights(prediction_type: str, alpha_cumprod: float) -> tuple[float, float]:

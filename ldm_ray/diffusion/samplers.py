@@ -17,11 +17,11 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ldm_ray.config import SamplingConfig
-from ldm_ray.devices import sent
+from ldm_ray.devices.device import sent
 from ldm_ray.diffusion.prediction import x0_weights
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.diffusion.timesteps import Transition, spaced_timesteps, transitions_of
+from ldm_ray.settings.config import SamplingConfig
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_ray.config import BETA_SCHEDULES
-from ldm_ray.errors import ConfigError
+from ldm_ray.settings.config import BETA_SCHEDULES
+from ldm_ray.settings.errors import ConfigError
 
 MAX_BETA = 0.999  # of squaredcos_cap_v2
 MIN_BETA, MIN_ALPHA_CUMPROD = 1e-10, 1e-300  # what samplers can divide by

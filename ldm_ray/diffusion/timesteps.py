@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm_ray.config import SPACINGS
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import ConfigError
+from ldm_ray.settings.config import SPACINGS
+from ldm_ray.settings.errors import ConfigError
 
 KARRAS_RHO = 7.0
 Transition = tuple[int, int | None]

@@ -16,12 +16,12 @@ import ray
 import ray.data
 
 import ldm_ray
-from ldm_ray.devices import pick_device
+from ldm_ray.devices.device import pick_device
 from ldm_ray.distributed import local
 from ldm_ray.distributed.answer import check_answer
-from ldm_ray.errors import ConfigError
-from ldm_ray.paths import AnyPath, to_path, unique
-from ldm_ray.signals import on_first
+from ldm_ray.files.paths import AnyPath, to_path, unique
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.terminal.signals import on_first
 
 log = logging.getLogger(__name__)
 # Train releases each report when its controller polls: every 2 s by default, which would pace short epochs.

@@ -11,19 +11,20 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ldm_ray.checkpoint import AutoencoderCheckpoint
+from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint
+from ldm_ray.checkpoints.runs import examples_dir
 from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_examples
 from ldm_ray.data.identity import identity_of
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
-from ldm_ray.devices import sent, settle
+from ldm_ray.data.statistics import LatentStatistics
+from ldm_ray.devices.device import sent, settle
 from ldm_ray.distributed.cluster import check_shared
 from ldm_ray.distributed.gpus import CPU, Share, check_gpus, check_worker
-from ldm_ray.errors import DataError, LdmError
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
-from ldm_ray.paths import AnyPath
-from ldm_ray.progress import Progress
-from ldm_ray.runs import examples_dir
+from ldm_ray.files.paths import AnyPath
+from ldm_ray.models.codec import LatentCodec
+from ldm_ray.settings.errors import DataError, LdmError
+from ldm_ray.terminal.progress import Progress
 
 log = logging.getLogger(__name__)
 # Of the identity of latents that a GPU made. A CPU's have neither, nor had any before GPUs had names of their own.
@@ -69,7 +70,7 @@ def encode(
     image that cannot be used.
     """
     share = share if autoencoder else CPU
-    identity = identity_of(source, autoencoder) | (ON_GPU if share else {})
+    identity = identity_of(source, autoencoder.sha256 if autoencoder else None) | (ON_GPU if share else {})
     folder = examples_dir(outdir, fingerprint(identity))
     what = "latents" if autoencoder else "pixels"
     if is_complete(folder):

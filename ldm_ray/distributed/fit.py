@@ -20,15 +20,15 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from ldm_ray import checkpoint
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.sources import ImageSource
-from ldm_ray.devices import cpu_threads
+from ldm_ray.devices.device import cpu_threads
 from ldm_ray.distributed.cluster import check_shared, cores_of_each, first_line, is_local
 from ldm_ray.distributed.gpus import check_gpus, check_worker, share_of
 from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
-from ldm_ray.errors import DiskError, LdmError
-from ldm_ray.paths import AnyPath, RemotePath, look_every, write_bytes
-from ldm_ray.signals import on_first
+from ldm_ray.files.paths import AnyPath, RemotePath, look_every, write_bytes
+from ldm_ray.settings.errors import DiskError, LdmError
+from ldm_ray.terminal.signals import on_first
 from ldm_ray.training.fit import Job, Place, fit
 
 log = logging.getLogger(__name__)

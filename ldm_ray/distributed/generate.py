@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ldm_ray.dataset.shards import Job, Record
 from ldm_ray.distributed.encode import cause_of
 from ldm_ray.distributed.gpus import Share, check_gpus, check_worker
-from ldm_ray.generator import fingerprint_of
+from ldm_ray.engine.generator import fingerprint_of
 
 
 class Worker:

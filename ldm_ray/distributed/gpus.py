@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 
-from ldm_ray import cuda
+from ldm_ray.devices import cuda
 from ldm_ray.distributed.cluster import resources, use_gpu
-from ldm_ray.errors import ConfigError
-from ldm_ray.gpu_share import check_share, fitting
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.gpu_share import check_share, fitting
 
 KIND = "accelerator_type:"  # with its name, the resource of nodes that have a type of accelerator
 SOME = 0.001  # of it

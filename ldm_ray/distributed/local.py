@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from ldm_ray.errors import LdmError
+from ldm_ray.settings.errors import LdmError
 
 log = logging.getLogger(__name__)
 MARK = "ldm_ray.lock"  # in the folder of a start

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_ray import checkpoint, runs
-from ldm_ray.checkpoint import AutoencoderCheckpoint
-from ldm_ray.classes import numbered
-from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig, cache_dir, outdir
+from ldm_ray.checkpoints import checkpoint, runs
+from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint
+from ldm_ray.checkpoints.runs import RunPaths
+from ldm_ray.data.classes import numbered
 from ldm_ray.data.examples import read_examples
 from ldm_ray.data.identity import changes, record_of
 from ldm_ray.data.sources import ImageSource, load_source
@@ -22,12 +22,12 @@ from ldm_ray.distributed import fit
 from ldm_ray.distributed.cluster import connected
 from ldm_ray.distributed.encode import encode
 from ldm_ray.distributed.gpus import share_of
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.hold import hold
+from ldm_ray.files.hold import hold
+from ldm_ray.files.paths import AnyPath, Mirror, cache_dir, outdir, to_path, write_bytes
 from ldm_ray.models.registry import check_size
 from ldm_ray.models.unet import check_unet
-from ldm_ray.paths import AnyPath, Mirror, to_path, write_bytes
-from ldm_ray.runs import RunPaths
+from ldm_ray.settings.config import AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.training.fit import Job
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def _fit(
 
     goes_on: more work follows, which a stop request in the last epoch is meant for as well.
     """
-    data = record_of(source, autoencoder)
+    data = record_of(source, autoencoder.sha256 if autoencoder else None)
     if content is not None:
         assert paths is not None
         if "class_names" not in content["data"]:  # a run of an earlier version, whose denoiser has ten classes

@@ -14,14 +14,14 @@ import ray
 import torch
 from ray.train import Checkpoint, ValidationConfig
 
-from ldm_ray import checkpoint
-from ldm_ray.config import RunConfig, TrainConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.recorded import warn
 from ldm_ray.data.sources import ImageSource
+from ldm_ray.files.paths import AnyPath, append_line, to_path
 from ldm_ray.metrics.evaluation import figures_of
 from ldm_ray.metrics.lenet import is_mnist, others_note
-from ldm_ray.paths import AnyPath, append_line, to_path
-from ldm_ray.runs import RunPaths
+from ldm_ray.settings.config import RunConfig, TrainConfig
 
 FIGURE = "fd_lenet"
 POINTER = "checkpoint"

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm_ray import runs
-from ldm_ray.checkpoint import AutoencoderCheckpoint, DiffusionCheckpoint, load_autoencoder, load_diffusion
-from ldm_ray.classes import numbered, told
-from ldm_ray.config import MAX_SEED, cache_dir, outdir
+from ldm_ray.checkpoints import runs
+from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint, DiffusionCheckpoint, load_autoencoder, load_diffusion
+from ldm_ray.data.classes import numbered, told
 from ldm_ray.data.recorded import load_own
 from ldm_ray.data.sources import ImageSource
-from ldm_ray.devices import pick_device
-from ldm_ray.errors import ConfigError
-from ldm_ray.generator import Generator, load
-from ldm_ray.latents.config import TsneConfig
+from ldm_ray.data.statistics import LatentStatistics
+from ldm_ray.devices.device import pick_device
+from ldm_ray.engine.generator import Generator, load
+from ldm_ray.files.paths import AnyPath, cache_dir, outdir, to_path
 from ldm_ray.metrics.floors import encode
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
-from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.models.codec import LatentCodec
+from ldm_ray.settings.config import MAX_SEED
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.latents import TsneConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm_ray.errors import ConfigError
+from ldm_ray.settings.errors import ConfigError
 
 
 def tsne(latents: np.ndarray, perplexity: float, seed: int) -> np.ndarray:

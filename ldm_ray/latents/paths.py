@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-METHODS = ("linear", "spherical")
-
 
 def interpolate(start: Tensor, end: Tensor, count: int, method: str = "spherical") -> Tensor:
     """(S, D) float32 from ``start`` (D,) to ``end`` (D,), both ends among the S = ``count``.

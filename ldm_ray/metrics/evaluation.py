@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_ray.config import SamplingConfig, outdir
+from ldm_ray.checkpoints.runs import floors_file
 from ldm_ray.data.examples import fingerprint
 from ldm_ray.data.recorded import warn
 from ldm_ray.data.sources import ImageSource
-from ldm_ray.errors import DataError
-from ldm_ray.generator import DEFAULT, Generator
-from ldm_ray.metrics.config import EvaluateConfig
+from ldm_ray.engine.generator import DEFAULT, Generator
+from ldm_ray.files.paths import AnyPath, outdir, write_bytes
 from ldm_ray.metrics.floors import autoencoder_hash, floors
 from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers, is_mnist, others_note
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import Codec
-from ldm_ray.paths import AnyPath, write_bytes
-from ldm_ray.progress import Progress
-from ldm_ray.runs import floors_file
+from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.errors import DataError
+from ldm_ray.settings.evaluation import EvaluateConfig
+from ldm_ray.terminal.progress import Progress
 
 FLOORS_VERSION = 2  # one more whenever the floors or the figures are defined anew
 BATCH = 2048  # images at a time

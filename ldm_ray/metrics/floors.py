@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ldm_ray.data.images import to_float, to_uint8
+from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.metrics import mixture
 from ldm_ray.metrics.quality import Reference, quality
-from ldm_ray.models.codec import Codec, LatentCodec, LatentStatistics
-from ldm_ray.progress import Progress
+from ldm_ray.models.codec import Codec, LatentCodec
+from ldm_ray.terminal.progress import Progress
 
 SEED = 0  # of the choice of training images and of the mixtures, so that floors are the same everywhere
 BATCH = 1000

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm_ray.errors import DataError
+from ldm_ray.settings.errors import DataError
 
 
 class FeatureStatistics:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_ray.data.images import to_float
-from ldm_ray.devices import settle
-from ldm_ray.errors import CheckpointError, DataError
+from ldm_ray.devices.device import settle
+from ldm_ray.settings.errors import CheckpointError, DataError
 
 SIZE, NUM_CLASSES, FEATURES = 28, 10, 84
 BATCH = 1000

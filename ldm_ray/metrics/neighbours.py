@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ldm_ray.errors import DataError
+from ldm_ray.settings.errors import DataError
 
 BLOCK = 2**22  # distances at a time: 32 MB in float64
 PRECISION_K, DENSITY_K = 3, 5  # as the papers have them

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_ray.errors import DataError
 from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_ray.metrics.lenet import NUM_CLASSES, Classifiers
 from ldm_ray.metrics.neighbours import nearest, neighbour_figures, radii
+from ldm_ray.settings.errors import DataError
 
 CLOSE = 0.01  # quantile of the test images' distances to the training images under which an image is "close"
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_ray import cli
-from ldm_ray.config import cache_dir
-from ldm_ray.metrics.config import ClassifiersConfig
+from ldm_ray.files.paths import cache_dir
+from ldm_ray.settings.evaluation import ClassifiersConfig
+from ldm_ray.terminal import cli
 
 PROG = "python -m ldm_ray.metrics.train_classifiers"
 BATCH, WEIGHT_DECAY = 128, 1e-2
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse_config(ClassifiersConfig, cli.Parser(prog=PROG, description=__doc__), argv)
     output = cli.folder_path(config.output)
-    from ldm_ray.checkpoint import cpu, file_sha256, write
+    from ldm_ray.checkpoints.checkpoint import cpu, file_sha256, write
     from ldm_ray.data.sources import load_source
-    from ldm_ray.errors import DataError
     from ldm_ray.metrics.lenet import NETWORKS, NUM_CLASSES, SIZE, weights_file
+    from ldm_ray.settings.errors import DataError
 
     train, test = (load_source(config.dataset, split, cache_dir(config.cache_dir)) for split in ("train", "test"))
     if train.image_size != (SIZE, SIZE) or max(train.num_classes, test.num_classes) > NUM_CLASSES:

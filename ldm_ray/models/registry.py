@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ldm_ray.errors import CheckpointError, ConfigError, Foreign
-from ldm_ray.text import listed, quoted
+from ldm_ray.settings.errors import CheckpointError, ConfigError, Foreign
+from ldm_ray.terminal.text import listed, quoted
 
 MAX_LATENT_DIM = 1024
 MAX_SIDE = 1024

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_ray.errors import ConfigError
 from ldm_ray.models.conditioning import ConditionedDenoiser, filled_with, sizes_of, zeroed
+from ldm_ray.settings.errors import ConfigError
 
 GROUPS = 8  # of each normalisation, and what the channels are a multiple of
 SIZE_MULTIPLE = 4  # halved twice

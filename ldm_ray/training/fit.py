@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ldm_ray import checkpoint
-from ldm_ray.config import RunConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.examples import read_examples, split
-from ldm_ray.paths import AnyPath, Mirror, append_line, look_every, write_bytes
-from ldm_ray.runs import RunPaths
+from ldm_ray.files.paths import AnyPath, Mirror, append_line, look_every, write_bytes
+from ldm_ray.settings.config import RunConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import Task, build_task
 

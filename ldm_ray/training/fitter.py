@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_ray.config import RunConfig
-from ldm_ray.devices import autocast, picked, sent, settle
+from ldm_ray.devices.device import autocast, picked, sent, settle
 from ldm_ray.diffusion.ema import EMA
+from ldm_ray.settings.config import RunConfig
 from ldm_ray.training.tasks import Task
 
 VAL_BATCH = 2048

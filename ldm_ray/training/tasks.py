@@ -10,21 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_ray import checkpoint
-from ldm_ray.classes import labels_in
-from ldm_ray.config import MAX_SEED, AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.restore import AutoencoderCheckpoint, from_embedded
+from ldm_ray.data.classes import labels_in
 from ldm_ray.data.examples import Examples
 from ldm_ray.data.images import save_grid, to_float, to_uint8
 from ldm_ray.diffusion.objective import denoising_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
+from ldm_ray.files.paths import AnyPath
 from ldm_ray.models import registry
 from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.unet import UNet
-from ldm_ray.paths import AnyPath
-from ldm_ray.restore import AutoencoderCheckpoint, from_embedded
+from ldm_ray.settings.config import MAX_SEED, AutoencoderConfig, RunConfig, TrainConfig
 
 
 class Task(ABC):

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 
-from serve.routes import build
-from serve.service import Service
-from serve.settings import Settings
+from ldm_ray.service.routes import build
+from ldm_ray.service.service import Service
+from ldm_ray.service.settings import Settings
 
 T = TypeVar("T")
 POST = "/v1/images/generations"

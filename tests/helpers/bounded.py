@@ -61,7 +61,7 @@ def measured(module: str, argv: Sequence[str]) -> dict[str, object]:
             try:
                 from importlib import import_module
 
-                from ldm_ray import cli
+                from ldm_ray.terminal import cli
 
                 command = import_module(module)
                 with contextlib.suppress(SystemExit):
@@ -87,7 +87,7 @@ def measured(module: str, argv: Sequence[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    import ldm_ray.generator
+    import ldm_ray.engine.generator
     import ldm_ray.infer
     import ldm_ray.inspect  # noqa: F401
 

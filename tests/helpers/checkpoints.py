@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.checkpoint import load_autoencoder
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.checkpoint import load_autoencoder
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser

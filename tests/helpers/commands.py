@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ldm_ray import cli
+from ldm_ray.terminal import cli
 
 T = TypeVar("T")
 SEARCH = "search"  # tune/search.py, which is no module of the package

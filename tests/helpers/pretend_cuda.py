@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from ldm_ray.tiles import PIXEL_SIZES, SIZES
+from ldm_ray.engine.tiles import PIXEL_SIZES, SIZES
 from tests.helpers.data import ROOT
 
 CUDA = torch.device("cuda", 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ldm_ray.paths import AnyPath
+from ldm_ray.files.paths import AnyPath
 
 SMALL = ["--batch-size", "8", "--lr", "1e-3", "--T", "50", "--device", "cpu", "--hidden-dim", "32"]
 

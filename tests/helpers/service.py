@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 import pytest
 
-from ldm_ray.generator import Generator
-from serve.proxy import CALLBACK
+from ldm_ray.engine.generator import Generator
+from ldm_ray.service.proxy import CALLBACK
 from tests.helpers.checkpoints import write_checkpoint, write_pixels
 from tests.helpers.commands import kill
 from tests.helpers.data import ROOT

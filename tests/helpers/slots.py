@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from ldm_ray.config import SamplingConfig
-from ldm_ray.slot_jobs import Job
-from ldm_ray.slots import Slots
+from ldm_ray.engine.jobs import Job
+from ldm_ray.engine.slots import Slots
+from ldm_ray.settings.config import SamplingConfig
 
 
 class Waited:

@@ -14,7 +14,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 from ldm_ray.distributed.cluster import check_temporary
-from ldm_ray.errors import ConfigError
+from ldm_ray.settings.errors import ConfigError
 from tests.helpers.clusters import Head, running
 from tests.helpers.data import ROOT
 
@@ -131,13 +131,14 @@ import asyncio
 import sys
 import ray
 from pathlib import Path
-from ldm_ray.checkpoint import load_autoencoder
-from ldm_ray.config import AutoencoderConfig
+from ldm_ray.checkpoints.checkpoint import load_autoencoder
+from ldm_ray.settings.config import AutoencoderConfig
 from ldm_ray.data.sources import load_source
-from ldm_ray.distributed import encode, fit, generate, pipeline, trial
+from ldm_ray.distributed import encode, fit, generate, pipeline
+from ldm_ray.distributed import trials as trial
 from ldm_ray.distributed.cluster import connected
 from ldm_ray.distributed.gpus import Share
-from ldm_ray.errors import ConfigError
+from ldm_ray.settings.errors import ConfigError
 from serve.app import Images
 
 def told(*calls):

@@ -16,7 +16,7 @@ import ray
 import torch
 from PIL import Image
 
-from ldm_ray.checkpoint import load_diffusion
+from ldm_ray.checkpoints.checkpoint import load_diffusion
 from tests.helpers.checkpoints import same_weights
 from tests.helpers.commands import call, finish, meanwhile, only, run, start
 from tests.helpers.runs import SMALL

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_ray import checkpoint, compare
-from ldm_ray.config import TrainConfig
+from ldm_ray import compare
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
+from ldm_ray.settings.config import TrainConfig
 from tests.helpers.checkpoints import same_weights
 from tests.helpers.commands import only, run
 from tests.helpers.networks import busy_denoiser

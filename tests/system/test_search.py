@@ -12,12 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
-from pictures import schedule_of
 from PIL import Image
-from records import Records, SearchPaths, Trial
 
-from ldm_ray import checkpoint
-from ldm_ray.config import canonical
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.search.pictures import schedule_of
+from ldm_ray.search.records import Records, SearchPaths, Trial
+from ldm_ray.settings.config import canonical
 from tests.helpers.commands import SEARCH, below, finish, meanwhile, refusal, run, start, wait_for
 from tests.helpers.data import ROOT
 

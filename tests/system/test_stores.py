@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ldm_ray import checkpoint
-from ldm_ray.errors import CheckpointError, DataError
-from ldm_ray.paths import AnyPath, RemotePath, append_line, to_path
-from ldm_ray.store import Store
-from serve.service import Service
-from serve.settings import Settings, check
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.files.paths import AnyPath, RemotePath, append_line, to_path
+from ldm_ray.files.store import Store
+from ldm_ray.service.service import Service
+from ldm_ray.service.settings import Settings, check
+from ldm_ray.settings.errors import CheckpointError, DataError
 from tests.helpers.checkpoints import write_small_checkpoint
 from tests.helpers.commands import run
 from tests.helpers.ports import free_port

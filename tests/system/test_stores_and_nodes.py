@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.files.paths import AnyPath, to_path
 from tests.helpers.clusters import lose_all, two_nodes
 from tests.helpers.commands import finish, meanwhile, run, start, wait_for
 from tests.helpers.runs import SMALL, epochs

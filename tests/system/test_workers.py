@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ldm_ray.checkpoint import load_autoencoder
+from ldm_ray.checkpoints.checkpoint import load_autoencoder
 from ldm_ray.data.sources import load_source
 from ldm_ray.distributed.encode import encode
 from tests.helpers.commands import below, call, meanwhile, only, refusal, run

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
 from tests.helpers.networks import busy_denoiser

@@ -10,7 +10,7 @@ import pytest
 
 from ldm_ray.distributed import answer
 from ldm_ray.distributed.cluster import connected
-from ldm_ray.errors import ConfigError
+from ldm_ray.settings.errors import ConfigError
 from tests.helpers.ports import free_port
 
 

@@ -15,15 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm_ray import checkpoint
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import load_source
+from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import CheckpointError
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 from ldm_ray.models import registry
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.settings.errors import CheckpointError
 from tests.helpers.data import Shared
 
 

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.classes import names_in
-from ldm_ray.config import SAMPLERS, SamplingConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.record import checked
+from ldm_ray.checkpoints.restore import check_denoiser, image_size_of, schedule_of
+from ldm_ray.checkpoints.safe_load import contents
+from ldm_ray.checkpoints.untrusted.tensors import Source, Unread
+from ldm_ray.checkpoints.weights import named, unwrapped
+from ldm_ray.data.classes import names_in
 from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import CheckpointError, LdmError
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.record import checked
-from ldm_ray.restore import check_denoiser, image_size_of, schedule_of
-from ldm_ray.safe_load import contents
-from ldm_ray.untrusted.tensors import Source, Unread
-from ldm_ray.weights import named, unwrapped
+from ldm_ray.settings.config import SAMPLERS, SamplingConfig
+from ldm_ray.settings.errors import CheckpointError, LdmError
 
 HERE = Path("a.pt")
 

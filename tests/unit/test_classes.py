@@ -13,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_ray import checkpoint, infer, inspect
-from ldm_ray.classes import class_in, class_of, classes_of, names_in, numbered, usable_names
+from ldm_ray import infer, inspect
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.data.classes import class_in, class_of, classes_of, names_in, numbered, usable_names
 from ldm_ray.data.digits import digits_table
 from ldm_ray.data.sources import load_source
 from ldm_ray.dataset.rows import Labels
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import CheckpointError, ConfigError, DataError
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.settings.errors import CheckpointError, ConfigError, DataError
 from tests.helpers.data import Shared
 from tests.helpers.networks import busy_denoiser
 
@@ -274,7 +275,7 @@ def test_evaluate_measures_digits_alone(garments: Path, digits_folder: Path, tmp
 
 
 def test_the_service_refuses_another_size(garments: Path) -> None:
-    from serve.settings import Mistake, check
+    from ldm_ray.service.settings import Mistake, check
 
     with pytest.raises(Mistake, match=r"makes images of 20x24; the service is of 28x28"):
         check(str(garments), None, str(garments.parent))

@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 
-from ldm_ray.cli import Parser, parse_config
-from ldm_ray.config import (
+from ldm_ray.files.paths import cache_dir, outdir
+from ldm_ray.settings.config import (
     AutoencoderConfig,
     InferConfig,
     SamplingConfig,
     TrainConfig,
-    cache_dir,
-    outdir,
 )
-from ldm_ray.errors import ConfigError
-from ldm_ray.options import Config, flag_of, kind_of
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.options import Config, flag_of, kind_of
+from ldm_ray.terminal.cli import Parser, parse_config
 
 CONFIGS: list[type[Config]] = [AutoencoderConfig, TrainConfig, InferConfig, SamplingConfig]
 FIELDS = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]

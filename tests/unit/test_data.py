@@ -21,8 +21,8 @@ from torchvision.utils import make_grid
 from ldm_ray.data import examples, images
 from ldm_ray.data.digits import digits_table
 from ldm_ray.data.sources import load_source
-from ldm_ray.errors import DataError
-from ldm_ray.models.codec import LatentStatistics
+from ldm_ray.data.statistics import LatentStatistics
+from ldm_ray.settings.errors import DataError
 from tests.helpers.data import Shared
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

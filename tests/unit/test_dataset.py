@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 
 from ldm_ray import generate
-from ldm_ray.config import SamplingConfig
 from ldm_ray.data.images import decode_png, encode_png
 from ldm_ray.data.sources import load_source
-from ldm_ray.dataset.config import GenerateConfig
 from ldm_ray.dataset.request import MANIFEST, write_manifest
 from ldm_ray.dataset.shards import Job, ShardMaker, committed
-from ldm_ray.errors import ConfigError, DataError, LdmError
-from ldm_ray.generator import Generator, fingerprint_of, load
-from ldm_ray.store import Store
+from ldm_ray.engine.generator import Generator, fingerprint_of, load
+from ldm_ray.files.store import Store
+from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.datasets import GenerateConfig
+from ldm_ray.settings.errors import ConfigError, DataError, LdmError
 from tests.helpers.checkpoints import write_small_checkpoint
 
 SEEDS = "5-100,3,3,200-230"  # 129 images in 3 shards
@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_nothing_half_written(ckpt: Path, parquet: Path, smal
 def test_other_filesystems(uri: str, ckpt: Path, parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An object store (an upload is seen when it is complete), and one with a rename."""
     store = Store(uri)
-    monkeypatch.setattr("ldm_ray.store.Store", lambda where: store)  # mock:// is empty each time it is opened
+    monkeypatch.setattr("ldm_ray.files.store.Store", lambda where: store)  # mock:// is empty each time it is opened
     monkeypatch.setitem(globals(), "Store", lambda where: store)
     maker = maker_of(ckpt, uri)
     for number in range(3):

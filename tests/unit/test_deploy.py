@@ -24,11 +24,12 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.serve.schema import ServeDeploySchema
-from space import SearchConfig
 
-from ldm_ray import cli, cuda
-from ldm_ray.config import TrainConfig
-from ldm_ray.dataset.config import GenerateConfig
+from ldm_ray.devices import cuda
+from ldm_ray.search.space import SearchConfig
+from ldm_ray.settings.config import TrainConfig
+from ldm_ray.settings.datasets import GenerateConfig
+from ldm_ray.terminal import cli
 from tests.helpers.data import ROOT
 
 LAUNCHED = ["cluster.yaml", "deploy/gcp.yaml", "deploy/local.yaml"]
@@ -443,7 +444,7 @@ def test_the_service_outlives_its_head_and_has_a_token() -> None:
 
 
 def test_the_service_is_one_that_serve_and_the_application_accept() -> None:
-    from serve.settings import Settings
+    from ldm_ray.service.settings import Settings
 
     service = rays()["rayservice.yaml"]["spec"]
     for text in (service["serveConfigV2"], (ROOT / "serve" / "config.yaml").read_text(encoding="utf-8")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm_ray.devices import cpu_threads
+from ldm_ray.devices.device import cpu_threads
 
 
 @pytest.mark.parametrize(

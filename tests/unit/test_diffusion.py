@@ -11,8 +11,8 @@ from ldm_ray.diffusion.ema import EMA
 from ldm_ray.diffusion.guidance import guided
 from ldm_ray.diffusion.objective import denoising_loss
 from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
-from ldm_ray.errors import ConfigError
 from ldm_ray.models.conditioning import timestep_embedding
+from ldm_ray.settings.errors import ConfigError
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(10, 0.01, 0.3), NoiseSchedule(2, 0.5, 0.5), NoiseSchedule(4000, 1e-5, 1e-2)]
 SHAPES = [NoiseSchedule(1000, 8.5e-4, 1.2e-2, "scaled_linear"), NoiseSchedule(500, beta_schedule="squaredcos_cap_v2")]

@@ -13,20 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_ray import checkpoint
-from ldm_ray.config import SamplingConfig
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.sources import load_source
+from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import ConfigError
+from ldm_ray.engine.generator import Generator
 from ldm_ray.evaluate import main
-from ldm_ray.generator import Generator
 from ldm_ray.metrics import evaluation
-from ldm_ray.metrics.config import EvaluateConfig
 from ldm_ray.metrics.floors import autoencoder_hash, chosen, reconstruct
 from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_ray.metrics.lenet import Classifiers
-from ldm_ray.models.codec import LatentStatistics
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.evaluation import EvaluateConfig
 from tests.helpers.commands import refusal
 
 

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.config import TrainConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.examples import fixed_size, write_examples
-from ldm_ray.paths import append_line
-from ldm_ray.runs import RunPaths
+from ldm_ray.files.paths import append_line
+from ldm_ray.settings.config import TrainConfig
 from ldm_ray.training import fit as module
 from ldm_ray.training.fit import Job, Place, fit
 from tests.helpers.checkpoints import same_weights

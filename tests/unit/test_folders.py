@@ -17,14 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ldm_ray import checkpoint, infer
-from ldm_ray.classes import labels_in, numbered
+from ldm_ray import infer
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.data.classes import labels_in, numbered
 from ldm_ray.data.sources import ImageSource, load_source, with_bytes
 from ldm_ray.dataset.formats import Shard, encode
 from ldm_ray.dataset.rows import Labels
-from ldm_ray.errors import DataError
-from ldm_ray.generator import Generator
-from ldm_ray.store import Store
+from ldm_ray.engine.generator import Generator
+from ldm_ray.files.store import Store
+from ldm_ray.settings.errors import DataError
 from tests.helpers.checkpoints import write_small_checkpoint
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm_ray.hold import hold
+from ldm_ray.files.hold import hold
 from tests.helpers.checkpoints import write_small_checkpoint
 from tests.helpers.commands import refusal, run
 

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.checkpoint import load_autoencoder
-from ldm_ray.config import SamplingConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.checkpoint import load_autoencoder
 from ldm_ray.diffusion.noise import ImageNoise, gaussian, philox, words
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.generator import Cancelled, Generator
-from ldm_ray.models import registry, tabled
+from ldm_ray.engine import tabled
+from ldm_ray.engine.generator import Cancelled, Generator
+from ldm_ray.engine.tabled import TabledDenoiser
+from ldm_ray.engine.tiles import Tiles, single_threaded
+from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.models.tabled import TabledDenoiser
-from ldm_ray.tiles import Tiles, single_threaded
+from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.errors import CheckpointError, ConfigError
 from tests.helpers.networks import busy_denoiser
 
 SCHEDULE = NoiseSchedule()

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
-from ldm_ray.devices import picked, sent, settle
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.devices.device import picked, sent, settle
 from ldm_ray.diffusion.noise import gaussian
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
+from ldm_ray.engine.jobs import Job, Outcome
+from ldm_ray.engine.slots import Slots
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec, PixelCodec
-from ldm_ray.slot_jobs import Job, Outcome
-from ldm_ray.slots import Slots
+from ldm_ray.settings.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 from tests.helpers.networks import busy_denoiser, busy_unet

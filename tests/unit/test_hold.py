@@ -13,13 +13,13 @@ from threading import Barrier
 
 import pytest
 
-from ldm_ray import hold as module
-from ldm_ray.errors import ConfigError
-from ldm_ray.hold import Held, Lease, hold, new_folder, time_in
-from ldm_ray.paths import AnyPath, to_path
+from ldm_ray.files import hold as module
+from ldm_ray.files.hold import Held, Lease, hold, new_folder, time_in
+from ldm_ray.files.paths import AnyPath, to_path
+from ldm_ray.settings.errors import ConfigError
 from tests.helpers.commands import none_left, start, wait_for
 
-HOLDER = "import sys, time\nfrom pathlib import Path\nfrom ldm_ray.hold import hold\n"
+HOLDER = "import sys, time\nfrom pathlib import Path\nfrom ldm_ray.files.hold import hold\n"
 HOLDER += "with hold(Path(sys.argv[1])):\n    Path(sys.argv[1], 'ready').touch()\n    time.sleep(600)"
 
 

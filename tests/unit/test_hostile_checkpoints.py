@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_ray.checkpoint import FORMAT_VERSION, load_autoencoder, load_diffusion
-from ldm_ray.errors import CheckpointError
+from ldm_ray.checkpoints.checkpoint import FORMAT_VERSION, load_autoencoder, load_diffusion
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
+from ldm_ray.settings.errors import CheckpointError
 
 
 class Evil:

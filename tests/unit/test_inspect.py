@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm_ray import checkpoint, inspect
-from ldm_ray.config import TrainConfig
+from ldm_ray import inspect
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.settings.config import TrainConfig
 from tests.helpers.checkpoints import write_pixels
 from tests.helpers.commands import refusal, run
 from tests.helpers.networks import busy_denoiser

@@ -13,18 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_ray import checkpoint, explore, tsne
-from ldm_ray.config import SamplingConfig
+from ldm_ray import explore, tsne
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.images import grid
+from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 from ldm_ray.latents import maps, sheets
-from ldm_ray.latents.config import TsneConfig
 from ldm_ray.latents.labels import GAP, GROUND, HEAD, LONGEST, labelled
 from ldm_ray.latents.paths import interpolate, plane, traverse
 from ldm_ray.models import registry
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.models.codec import LatentCodec
+from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.latents import TsneConfig
 from tests.helpers.networks import busy_denoiser
 
 # --- paths ---

@@ -11,11 +11,11 @@ import psutil
 import pytest
 import torch
 
-from ldm_ray.errors import LdmError
-from ldm_ray.paths import to_path
-from serve.library import Library, name_of
-from serve.service import Service
-from serve.settings import Settings
+from ldm_ray.files.paths import to_path
+from ldm_ray.service.library import Library, name_of
+from ldm_ray.service.service import Service
+from ldm_ray.service.settings import Settings
+from ldm_ray.settings.errors import LdmError
 from tests.helpers.asgi import POST, in_process
 from tests.helpers.checkpoints import write_checkpoint, write_small_checkpoint
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from ldm_ray.data.digits import digits_table
 from ldm_ray.data.images import decode_png
 from ldm_ray.data.sources import load_source
-from ldm_ray.errors import CheckpointError, DataError
 from ldm_ray.metrics import lenet, neighbours
 from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.metrics.train_classifiers import accuracy, train_network
+from ldm_ray.settings.errors import CheckpointError, DataError
 from tests.helpers.data import Shared
 
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm_ray.errors import CheckpointError
+from ldm_ray.data.statistics import LatentStatistics
+from ldm_ray.engine.tabled import TabledDenoiser
 from ldm_ray.models import registry
 from ldm_ray.models.autoencoders import MLPAutoencoder
-from ldm_ray.models.codec import LatentCodec, LatentStatistics
+from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser, FiLMLayer
-from ldm_ray.models.tabled import TabledDenoiser
+from ldm_ray.settings.errors import CheckpointError
 
 MLP_KEYS = [f"encoder.net.{i}" for i in (1, 3, 5, 7)] + [f"decoder.core.{i}" for i in (0, 2, 4, 6)]
 CONV_KEYS = [

@@ -11,17 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_ray import checkpoint, compare, evaluate, generate, infer
-from ldm_ray.comparison import names_of
-from ldm_ray.config import SamplingConfig, TrainConfig
+from ldm_ray import compare, evaluate, generate, infer
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.images import to_float, to_uint8
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
+from ldm_ray.engine.slots import Slots
+from ldm_ray.engine.tiles import PIXEL_SIZES, SIZES, Tiles, within_room
+from ldm_ray.metrics.comparison import names_of
 from ldm_ray.models.codec import PixelCodec
 from ldm_ray.models.unet import UNet
-from ldm_ray.slots import Slots
-from ldm_ray.tiles import PIXEL_SIZES, SIZES, Tiles, within_room
+from ldm_ray.settings.config import SamplingConfig, TrainConfig
+from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 from tests.helpers.networks import busy_unet

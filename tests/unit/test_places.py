@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from ldm_ray import paths
-from ldm_ray.cli import refused
-from ldm_ray.errors import ConfigError
+from ldm_ray.files import paths
+from ldm_ray.settings.errors import ConfigError
+from ldm_ray.terminal.cli import refused
 from tests.helpers.checkpoints import write_small_checkpoint
 from tests.helpers.commands import call
 from tests.helpers.data import ROOT
 
 PRINTS = """
 import sys
-from ldm_ray import cli
+from ldm_ray.terminal import cli
 def main():
     print("ᾱ → 1", flush=True)
     print("note ü", file=sys.stderr)
@@ -81,7 +81,7 @@ def test_streams_of_few_characters_change_no_outcome(tmp_path: Path, environment
 
 
 def test_every_help_is_printed_in_ascii() -> None:
-    code = "import sys; from ldm_ray import cli, train; cli.run(lambda: train.main(['--help']), train.PROG)"
+    code = "import sys; from ldm_ray import train; from ldm_ray.terminal import cli; cli.run(lambda: train.main(['--help']), train.PROG)"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment, check=True)
     assert rb"images \u2192 latents" in ended.stdout and not ended.stderr
@@ -100,7 +100,9 @@ def test_a_terminal_that_goes_away_changes_no_outcome(tmp_path: Path) -> None:
 
 
 def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
-    code = "from ldm_ray import cli; cli.run(lambda: open({!r}, 'w').fileno() < 3, 'prog')".format(str(tmp_path / "x"))
+    code = "from ldm_ray.terminal import cli; cli.run(lambda: open({!r}, 'w').fileno() < 3, 'prog')".format(
+        str(tmp_path / "x")
+    )
     assert subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, code], cwd=ROOT).returncode == 0
 
 
@@ -182,7 +184,8 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_half_written_stays(tmp_p
     code = """
 import resource, signal, sys
 from pathlib import Path
-from ldm_ray import cli, paths
+from ldm_ray.terminal import cli
+from ldm_ray.files import paths
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 file = Path(sys.argv[1])

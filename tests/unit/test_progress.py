@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ldm_ray import progress
-from ldm_ray.progress import Progress
+from ldm_ray.terminal import progress
+from ldm_ray.terminal.progress import Progress
 
 
 def until(condition: Callable[[], bool]) -> None:

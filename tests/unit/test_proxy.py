@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from serve.proxy import ENOUGH, Front, middlewares
+from ldm_ray.service.proxy import ENOUGH, Front, middlewares
 
 
 def answer(status: int, kind: bytes, body: bytes) -> list[dict[str, Any]]:

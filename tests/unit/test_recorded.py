@@ -11,18 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ldm_ray import checkpoint, compare
-from ldm_ray.config import TrainConfig
+from ldm_ray import compare
+from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.recorded import dataset_of, is_of, load_own
 from ldm_ray.data.sources import load_source
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import ConfigError, DataError
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 from ldm_ray.latents.cloud import gather
-from ldm_ray.latents.config import TsneConfig
-from ldm_ray.metrics.config import CompareConfig
 from ldm_ray.metrics.lenet import is_mnist
 from ldm_ray.metrics.picture import side_by_side
+from ldm_ray.settings.config import TrainConfig
+from ldm_ray.settings.errors import ConfigError, DataError
+from ldm_ray.settings.evaluation import CompareConfig
+from ldm_ray.settings.latents import TsneConfig
 from tests.helpers.commands import call, refusal
 from tests.helpers.data import Shared
 from tests.helpers.networks import busy_denoiser

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.config import AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.examples import fixed_size, write_examples
 from ldm_ray.diffusion.schedule import Noiser
-from ldm_ray.runs import RunPaths
+from ldm_ray.search import trial
+from ldm_ray.settings.config import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.training import fitter as fitting
-from ldm_ray.training import trial
 from ldm_ray.training.fit import Job, Place, fit
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task

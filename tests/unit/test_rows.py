@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_ray.dataset.rows import Labels, Seeds
-from ldm_ray.errors import ConfigError
+from ldm_ray.settings.errors import ConfigError
 
 
 def test_seeds_are_ranges() -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from ldm_ray import checkpoint, cli, runs
-from ldm_ray.config import AutoencoderConfig, TrainConfig
-from ldm_ray.errors import CheckpointError, ConfigError
-from ldm_ray.hold import hold
+from ldm_ray.checkpoints import checkpoint, runs
+from ldm_ray.files.hold import hold
 from ldm_ray.models import registry
+from ldm_ray.settings.config import AutoencoderConfig, TrainConfig
+from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.terminal import cli
 from tests.helpers.commands import refusal, run
 
 

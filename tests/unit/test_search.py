@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from records import Records, best_config
-from space import SearchConfig, parse_values, planned
 
-from ldm_ray.config import TrainConfig, canonical
-from ldm_ray.errors import ConfigError
+from ldm_ray.search.records import Records, best_config
+from ldm_ray.search.space import SearchConfig, parse_values, planned
+from ldm_ray.settings.config import TrainConfig, canonical
+from ldm_ray.settings.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import itertools
 import random
 from typing import Any
 
-import matplotlib.pyplot as plt
-import pictures
 import pytest
-from records import SearchPaths, Trial
+
+from ldm_ray.search import pictures
+from ldm_ray.search.records import SearchPaths, Trial
 
 
 def trials_of(values: dict[str, list[Any]], count: int = 30) -> list[Trial]:
@@ -56,16 +56,13 @@ def test_ticks_differ_and_words_do_not_overlap(picture: str, values: dict[str, l
             pairs = itertools.combinations(zip(words, boxes, strict=True), 2)
             clashes = [(a.get_text(), b.get_text()) for (a, one), (b, other) in pairs if one.overlaps(other)]
             assert clashes == [], clashes
-    plt.close(figure)
 
 
 def test_a_few_values_have_a_place_each_and_ticks_are_round() -> None:
-    figure, panel = plt.subplots()
-    place, ticks = pictures.scale_of(panel, [512, 128, 256, 128])
+    place, ticks = pictures.scale_of(pictures.new_figure(4, 4).subplots(), [512, 128, 256, 128])
     assert ticks == [128, 256, 512] and [place(value) for value in ticks] == [0, 1, 2]
     assert pictures.ticks_of([0.00011, 0.00912]) == [0.0001, 0.0003, 0.001, 0.003, 0.009]
     assert len(set(pictures.ticks_of([1.04e-3, 1.29e-3]))) == pictures.TICKS and pictures.ticks_of([2.0]) == [2.0]
-    plt.close(figure)
 
 
 def test_every_picture_is_written(tmp_path: Any) -> None:

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from ldm_ray.data.images import enlarged, gif_parts
-from serve import bodies, encoder, media
-from serve.errors import ApiError
-from serve.media import Made
+from ldm_ray.service import bodies, encoder, media
+from ldm_ray.service.errors import ApiError
+from ldm_ray.service.media import Made
 from tests.helpers.asgi import POST, InProcess, in_process
 from tests.helpers.checkpoints import write_small_checkpoint
 

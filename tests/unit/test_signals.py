@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldm_ray.distributed.local import deaf
-from ldm_ray.signals import STOPPING, on_first
+from ldm_ray.terminal.signals import STOPPING, on_first
 from tests.helpers.data import ROOT
 
 
@@ -28,7 +28,7 @@ def test_a_signal_that_is_sent_twice_is_one_wish(number: signal.Signals) -> None
 
 SECOND_INTERRUPT = """
 import os, signal, time
-from ldm_ray import signals
+from ldm_ray.terminal import signals
 signals.AGAIN_S = 0.0
 with signals.on_first(print):
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):

@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldm_ray.config import MAX_SEED, SamplingConfig
-from ldm_ray.errors import ConfigError
-from ldm_ray.generator import Generator
-from ldm_ray.slot_jobs import Job, Outcome
-from ldm_ray.slot_tiles import Image
-from ldm_ray.slots import Closed, Slots, choose
+from ldm_ray.engine.board import Image
+from ldm_ray.engine.generator import Generator
+from ldm_ray.engine.jobs import Job, Outcome
+from ldm_ray.engine.slots import Closed, Slots, choose
+from ldm_ray.settings.config import MAX_SEED, SamplingConfig
+from ldm_ray.settings.errors import ConfigError
 from tests.helpers.slots import Waited
 
 LONG = SamplingConfig(sampler="ddpm", guidance_scale=1.0)  # 1000 steps
@@ -130,7 +130,7 @@ def test_a_running_leg_ends_at_the_step_after_a_change(generator: Generator) -> 
     job.noisy = True
     image = Image(job, 0, 1)
     board.join([image])
-    from ldm_ray.slot_tiles import tiles_of
+    from ldm_ray.engine.board import tiles_of
 
     (tile,) = tiles_of([image], lambda count: 16, limit=30)
 

@@ -11,15 +11,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ldm_ray import checkpoint
-from ldm_ray.config import TrainConfig
+from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.examples import fixed_size, read_examples, split, write_examples
+from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.errors import DataError
-from ldm_ray.metrics.latent_frechet import ClassFrechet
-from ldm_ray.models.codec import LatentStatistics
-from ldm_ray.runs import RunPaths
-from ldm_ray.training import trial
+from ldm_ray.search import trial
+from ldm_ray.search.objective import ClassFrechet
+from ldm_ray.settings.config import TrainConfig
+from ldm_ray.settings.errors import DataError
 from ldm_ray.training.fit import Job, Place, fit
 from ldm_ray.training.fitter import lr_factor
 

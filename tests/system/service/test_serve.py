@@ -22,8 +22,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_ray.config import SamplingConfig
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
+from ldm_ray.settings.config import SamplingConfig
 from tests.helpers.service import POST, TOKEN, Server
 
 

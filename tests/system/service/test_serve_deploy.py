@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_ray.generator import Generator
+from ldm_ray.engine.generator import Generator
 from tests.helpers.data import ROOT
 from tests.helpers.service import Server
 

@@ -1,0 +1,1 @@
+"""Reading untrusted checkpoints, their format, where runs keep them."""

@@ -1,0 +1,1 @@
+"""Which device computes, how exactly, and whether a GPU can be used."""

@@ -1,0 +1,1 @@
+"""From seeds and labels to images, alone or in company."""

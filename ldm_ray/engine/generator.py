@@ -1,0 +1,314 @@
+"""From a checkpoint to images: everything that makes an image uses this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_ray.checkpoints import runs
+from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint, load_diffusion
+from ldm_ray.data.classes import numbered
+from ldm_ray.data.images import to_uint8
+from ldm_ray.devices.device import numerics_of, sent, settle
+from ldm_ray.diffusion.guidance import guided
+from ldm_ray.diffusion.noise import AHEAD, ImageNoise
+from ldm_ray.diffusion.samplers import Denoise, Plan, plan_of, sample
+from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.engine.tabled import TabledDenoiser, for_sampling
+from ldm_ray.engine.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles, single_threaded, within_room
+from ldm_ray.files.paths import AnyPath, to_path
+from ldm_ray.models.codec import Codec, PixelCodec
+from ldm_ray.models.conditioning import ConditionedDenoiser
+from ldm_ray.models.registry import REGISTRY
+from ldm_ray.models.unet import UNet
+from ldm_ray.settings.config import MAX_SEED, SamplingConfig
+from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.terminal.progress import Progress
+from ldm_ray.terminal.text import shown
+
+CHANNELS = 32  # of an autoencoder's widest layer, for each pixel
+ENGINE = 2  # goes up with every change to what a seed's bytes are
+DEFAULT = SamplingConfig()
+Watch = Callable[[int, int, Tensor], bool | None]
+log = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """Sampling was stopped from outside, between two steps."""
+
+
+class Generator:
+    """Turns seeds and labels into images. B images, D latent."""
+
+    def __init__(
+        self,
+        denoiser: ConditionedDenoiser,
+        codec: Codec,
+        schedule: NoiseSchedule,
+        device: torch.device | str = "cpu",
+        prediction_type: str = "epsilon",
+    ) -> None:
+        self.device = settle(device)
+        self.codec, self.schedule, self.prediction_type = codec.to(self.device), schedule, prediction_type
+        self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
+        self.class_names, self.labels = numbered(denoiser.num_classes), tuple(range(denoiser.num_classes))
+        self.sha256 = ""
+        unet = isinstance(denoiser, UNet)
+        numbers = math.prod(codec.image_size) * (denoiser.hidden_dim if unet else CHANNELS)
+        sizes, whole = (PIXEL_SIZES, PIXEL_WHOLE) if unet else (SIZES, WHOLE)
+        self.sizes = within_room(sizes, numbers)
+        with single_threaded():
+            self.denoiser: Denoise = for_sampling(denoiser.to(self.device).eval(), schedule.num_train_timesteps)
+        self.tiles = Tiles(
+            partial(self._all_matrix_work, self.denoiser), codec.latent_dim, self.device, self.sizes, whole
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: AnyPath,
+        device: torch.device | str = "cpu",
+        ae_ckpt: AnyPath | None = None,
+        force: bool = False,
+        search: Sequence[AnyPath] = (),
+    ) -> tuple[Generator, dict[str, Any]]:
+        """(generator, the checkpoint's settings): what ``load`` reads, on a device. Raises CheckpointError."""
+        loaded = load(path, ae_ckpt, force, search)
+        return cls.of(loaded, device), loaded.info.get("args", {})
+
+    @classmethod
+    def of(cls, loaded: DiffusionCheckpoint, device: torch.device | str = "cpu") -> Generator:
+        """From a checkpoint that was read with its autoencoder."""
+        assert loaded.codec is not None
+        made = cls(loaded.denoiser, loaded.codec, loaded.schedule, device, loaded.prediction_type)
+        made.sha256, made.class_names, made.labels = loaded.sha256, loaded.class_names, loaded.labels
+        return made
+
+    def in_turn(self, count: int, only: int | None = None) -> list[int]:
+        """Labels of so many images: each class of which there were images in turn, or one alone."""
+        return [self.labels[i % len(self.labels)] if only is None else only for i in range(count)]
+
+    @property
+    def fingerprint(self) -> str:
+        """``fingerprint_of`` its device, in fp32."""
+        return self.fingerprint_in("fp32")
+
+    def fingerprint_in(self, precision: str) -> str:
+        """``fingerprint_of`` its device, in this precision."""
+        return fingerprint_of(self.device, precision)
+
+    def __call__(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int | None],
+        sampling: SamplingConfig = DEFAULT,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Images (B, 1, H, W) uint8 on the CPU, one per seed; a label of None is unconditional.
+
+        An image's bytes follow from its own seed and label, the settings, the checkpoint and ``fingerprint``,
+        whatever is made with it. watch(i, step, x0_pred (n, D)) is called after every step of the n images from
+        the i-th, in their thread; returning False cancels. Raises ConfigError on settings, seeds or labels
+        that cannot be, CheckpointError with the seeds whose numbers are not finite, Cancelled.
+        """
+        images, finite = self.make(seeds, labels, sampling, watch)
+        if not bool(finite.all()):
+            bad = [str(seed) for seed, fine in zip(seeds, finite.tolist(), strict=True) if not fine]
+            raise CheckpointError(
+                f"{len(bad)} of {len(seeds)} images came out as numbers that are not finite (seeds "
+                f"{', '.join(bad[:5])}{', …' * (len(bad) > 5)}): the checkpoint's weights are unusable"
+            )
+        return images
+
+    def make(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int | None],
+        sampling: SamplingConfig = DEFAULT,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(images, finite (B,) bool): as above, but one that is not finite takes nothing from the others."""
+        parts = self._tiled(seeds, labels, sampling, watch, decode=True)
+        images, finite = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        return images, finite
+
+    def latents(self, seeds: Sequence[int], labels: Sequence[int | None], sampling: SamplingConfig = DEFAULT) -> Tensor:
+        """Whitened latents (B, D) float32, what ``decode`` makes the images of."""
+        with self.progress(f"making {len(seeds):,} latents", len(seeds), sampling) as progress:
+            return torch.cat([part[0] for part in self._tiled(seeds, labels, sampling, progress.watch, decode=False)])
+
+    def progress(self, what: str, count: int, sampling: SamplingConfig) -> Progress:
+        """To show how far so many images are, by its ``watch``. ConfigError on settings that cannot be."""
+        return Progress(what, count * len(plan_of(self.schedule, sampling, self.prediction_type)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Whitened latents (B, D) → images (B, 1, H, W) uint8 on the CPU. CheckpointError when not finite."""
+        size = self.tiles.size_for(len(latents))
+        images = torch.cat(self.tiles.map(partial(self._decode, size), latents.to(self.device).split(size)))
+        if not bool(torch.isfinite(images).all()):
+            raise CheckpointError("decoding gave numbers that are not finite: latents or weights are unusable")
+        return to_uint8(images).cpu()
+
+    def labels_of(self, labels: Sequence[int | None]) -> Tensor:
+        """(B,) int64; None is unconditional. ConfigError on a label outside the classes."""
+        for label in labels:
+            if label is not None and not 0 <= label < self.num_classes:
+                raise ConfigError(f"label {label} is outside 0 to {self.num_classes - 1}")
+        return sent(torch.tensor([self.null_label if label is None else label for label in labels]), self.device)
+
+    def _tiled(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int | None],
+        sampling: SamplingConfig,
+        watch: Watch | None,
+        decode: bool,
+    ) -> list[tuple[Tensor, Tensor]]:
+        if not len(seeds) or len(seeds) != len(labels):
+            raise ConfigError(f"{len(seeds)} seeds and {len(labels)} labels: as many of each, at least one")
+        if any(not 0 <= seed <= MAX_SEED for seed in seeds):
+            raise ConfigError(f"a seed is 0 to {MAX_SEED}")
+        wanted = self.labels_of(labels)
+        plan = plan_of(self.schedule, sampling, self.prediction_type)
+        denoiser, tiles = self._in_bf16 if sampling.precision == "bf16" else (self.denoiser, self.tiles)
+        denoisers = denoiser, guided(denoiser, sampling.guidance_scale, self.null_label)
+        size = tiles.size_for(len(seeds))
+        drawn = sent(torch.tensor(seeds, dtype=torch.int64), self.device)
+
+        def work(first: int) -> tuple[Tensor, Tensor]:
+            tile = drawn[first : first + size], wanted[first : first + size]
+            return self._tile(size, first, *tile, plan, denoisers, watch, decode)
+
+        return tiles.map(work, range(0, len(seeds), size))
+
+    @torch.inference_mode()
+    def _tile(
+        self,
+        size: int,
+        first: int,
+        seeds: Tensor,
+        labels: Tensor,
+        plan: Plan,
+        denoisers: tuple[Denoise, Denoise],
+        watch: Watch | None,
+        decode: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(images (n, 1, H, W) uint8, or latents (n, D); finite (n,)) of the n ≤ size images from ``first``, of
+        these seeds, labels (n,), by a denoiser and its guided form."""
+        count = len(seeds)
+        ahead = min(AHEAD, len(plan)) if any(step.sigma for step in plan) else 1
+        noise = ImageNoise(filled(seeds, size), self.codec.latent_dim, ahead)
+        denoise, denoise_guided = denoisers
+        steps = sample(denoise, plan, noise(0), filled(labels, size), noise, denoise_guided)
+        for step, state in enumerate(steps):
+            if watch is not None and watch(first, step, state[1][:count]) is False:
+                raise Cancelled
+        latents = state[0]
+        made = (self.codec.decode(latents) if decode else latents)[:count]
+        finite = torch.isfinite(made).flatten(1).all(dim=1)
+        return to_uint8(made.nan_to_num()) if decode else made, finite
+
+    @torch.inference_mode()
+    def _decode(self, size: int, latents: Tensor) -> Tensor:
+        return self.codec.decode(filled(latents, size))[: len(latents)]
+
+    @cached_property
+    def _in_bf16(self) -> tuple[Denoise, Tiles]:
+        """The denoiser with bf16 matrices, and tiles checked for its bits."""
+        check_precision("bf16", self.codec)
+        assert isinstance(self.denoiser, TabledDenoiser)
+        denoiser = self.denoiser.in_bf16()
+        return denoiser, Tiles(partial(self._all_matrix_work, denoiser), self.codec.latent_dim, self.device, self.sizes)
+
+    def _all_matrix_work(self, denoiser: Denoise, latents: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
+        both = guided(denoiser, 2.0, self.null_label)(latents, t, labels)
+        return [denoiser(latents, t, labels), both, self.codec.decode(latents)]
+
+
+def fingerprint_of(device: torch.device, precision: str = "fp32") -> str:
+    """12 hexadecimal digits of what, beside checkpoint, seed, label and settings, an image's bytes follow from: this
+    engine, the version of PyTorch and the kind of device; of a GPU also the versions of CUDA and the largest tiles."""
+    kind = torch.backends.cpu.get_cpu_capability()
+    tiles = {}
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+        tiles = {"tiles": [SIZES["cuda"][-1], PIXEL_SIZES["cuda"][-1]]}
+    elif precision == "bf16":
+        kind += bf16_bits()
+    told = {"engine": ENGINE, "torch": str(torch.__version__), "device": device.type, "kind": kind}
+    told |= numerics_of(device) | tiles
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_precision(precision: str, codec: Codec | None) -> None:
+    """ConfigError where a model of this codec does not sample in this precision."""
+    if precision != "fp32" and isinstance(codec, PixelCodec):
+        raise ConfigError(
+            f"--precision {precision} is for models of latents; the U-Net of a pixel model samples in fp32"
+        )
+
+
+@lru_cache(maxsize=1)
+def bf16_bits() -> str:
+    """Hexadecimal digits of a bf16 product on this processor: capabilities of one name have bf16 or have it not."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(count, 256, generator=random).bfloat16() for count in (64, 256))
+    with single_threaded(), torch.inference_mode():
+        made = torch.nn.functional.linear(x, weight)
+    return hashlib.sha256(made.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+def load(
+    path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = False, search: Sequence[AnyPath] = ()
+) -> DiffusionCheckpoint:
+    """Reads a denoiser checkpoint with an autoencoder.
+
+    Where the file carries none and none is given, it is taken from the folders of ``search`` by its recorded type.
+    Raises CheckpointError, also when there is none.
+    """
+    loaded = load_diffusion(path, ae_ckpt, force)
+    if loaded.codec is None:
+        args = loaded.info.get("args", {})
+        found = recorded_autoencoder(args, search)
+        if found is None:
+            raise CheckpointError(
+                f"checkpoint {path} carries no autoencoder: name the {shown(args.get('ae_model') or 'autoencoder')} "
+                f"checkpoint it was trained with by --ae-ckpt (it was {shown(args.get('ae_ckpt') or 'not recorded')})"
+            )
+        log.info("autoencoder: %s, found by its recorded type; --ae-ckpt names another", found)
+        loaded = load_diffusion(path, found, force)
+    return loaded
+
+
+def filled(rows: Tensor, size: int) -> Tensor:
+    """(n, …) → (size, …): the first row again where rows are missing."""
+    if len(rows) == size:
+        return rows
+    return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
+
+
+def recorded_autoencoder(args: dict[str, Any], search: Sequence[AnyPath]) -> AnyPath | None:
+    """The autoencoder that a checkpoint without one names, by its type; of several the one whose file has the names
+    that were recorded, else the newest. The recorded path is a stranger's and never followed."""
+    kind = str(args.get("ae_model") or "").removeprefix("ae-")
+    for folder in search:
+        if kind in REGISTRY and is_folder(folder):
+            found = runs.find_autoencoder(folder, args.get("ae_only_digit"), [kind], args.get("ae_ckpt"))
+            if found is not None:
+                return to_path(found.path)
+    return None
+
+
+def is_folder(path: AnyPath) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

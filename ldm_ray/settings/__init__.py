@@ -1,0 +1,1 @@
+"""Frozen, checked groups of settings; flags are made from them."""

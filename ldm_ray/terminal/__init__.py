@@ -1,0 +1,1 @@
+"""What a command says and hears: its flags, progress, signals and exit code."""
