@@ -81,7 +81,8 @@ def test_streams_of_few_characters_change_no_outcome(tmp_path: Path, environment
 
 
 def test_every_help_is_printed_in_ascii() -> None:
-    code = "import sys; from ldm_ray import train; from ldm_ray.terminal import cli; cli.run(lambda: train.main(['--help']), train.PROG)"
+    code = "from ldm_ray import train; from ldm_ray.terminal import cli; "
+    code += "cli.run(lambda: train.main(['--help']), train.PROG)"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment, check=True)
     assert rb"images \u2192 latents" in ended.stdout and not ended.stderr
