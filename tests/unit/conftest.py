@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.engine.generator import Generator
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
+from tests.helpers.asgi import InProcess, in_process
+from tests.helpers.checkpoints import write_small_checkpoint
 from tests.helpers.networks import busy_denoiser
 
 
@@ -23,3 +28,17 @@ def generator(request: pytest.FixtureRequest) -> Generator:
         return Generator(busy_denoiser(), codec, NoiseSchedule())
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Path:
+    """A small checkpoint, alone in its folder."""
+    folder = tmp_path_factory.mktemp("served")
+    return write_small_checkpoint(folder / "small.pt", ae_file)
+
+
+@pytest.fixture(scope="module")
+def small(ckpt: Path) -> Iterator[InProcess]:
+    """A service of it, in-process."""
+    with in_process(ckpt) as running:
+        yield running
