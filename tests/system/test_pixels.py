@@ -93,7 +93,7 @@ def test_compare_puts_latents_and_pixels_side_by_side(
         assert row["train_images_per_s"] > 0 and row["quality"]["mean"]["fd_lenet"] > 0 and row["floor"] > 0
     assert list(rows[1]["floors"]) == ["train"]
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| FD-LeNet |" in text and text in capsys.readouterr().out
+    assert "| FD-LeNet ↓ |" in text and text in capsys.readouterr().out
     assert [row["name"] for row in rows] == ["latent, 4 epochs", "pixel, 2 epochs"]
     assert min(row["training_mb"] for row in rows) > 100
     picture = np.asarray(Image.open(tmp_path / "out" / "comparison.png"))
