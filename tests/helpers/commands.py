@@ -21,7 +21,7 @@ import psutil
 from ldm_ray.terminal import cli
 
 T = TypeVar("T")
-SEARCH = "search"  # tune/search.py, which is no module of the package
+SEARCH = "tune.search"  # which is no module of the package
 STARTED: list[subprocess.Popen[str]] = []
 
 

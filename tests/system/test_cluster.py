@@ -75,7 +75,7 @@ with connected():
     def where():
         import sys
         from pathlib import Path
-        return [path for path in sys.path if Path(path, "ldm_ray", "config.py").is_file()]
+        return [path for path in sys.path if Path(path, "ldm_ray", "train.py").is_file()]
     print(*ray.get(where.remote()))
 """
 
