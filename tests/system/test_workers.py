@@ -85,6 +85,7 @@ def test_a_disk_too_small_for_the_encoded_images(
     digits_folder: Path, ae_file: Path, small_disk: Callable[[str], Path]
 ) -> None:
     disk = small_disk("size=12k")
-    output = run("train", "--dataset", digits_folder, "--ae-ckpt", ae_file, *SMALL, "--outdir", disk, code=2)
-    assert "No space left" in output.splitlines()[-1] and "Traceback" not in output
+    code, _, errors = call("train", "--dataset", digits_folder, "--ae-ckpt", ae_file, *SMALL, "--outdir", disk)
+    assert code == 2 and "Traceback" not in errors
+    assert "No space left" in errors.splitlines()[-1]
     assert not list(disk.rglob("manifest.json"))
