@@ -32,9 +32,9 @@ from ldm_ray.files.hold import hold, new_folder
 from ldm_ray.files.paths import outdir, to_path, write_bytes
 from ldm_ray.search.records import Records, SearchPaths, best_config, read_search, table
 from ldm_ray.search.space import SearchConfig
-from ldm_ray.settings.config import TrainConfig
 from ldm_ray.settings.errors import ConfigError, LdmError
-from ldm_ray.terminal import cli
+from ldm_ray.settings.training import TrainConfig
+from ldm_ray.terminal import cli, flags
 
 PROG = "python tune/search.py"
 log = logging.getLogger("ldm_ray.tune")
@@ -42,7 +42,7 @@ log = logging.getLogger("ldm_ray.tune")
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
-    config = cli.parse_config(SearchConfig, cli.Parser(prog=PROG, description=__doc__), given)
+    config = flags.parse_config(SearchConfig, flags.Parser(prog=PROG, description=__doc__), given)
     base = outdir(config.outdir)
     if not isinstance(base, Path):
         raise ConfigError(

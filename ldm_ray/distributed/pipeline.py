@@ -26,8 +26,8 @@ from ldm_ray.files.hold import hold
 from ldm_ray.files.paths import AnyPath, Mirror, cache_dir, outdir, to_path, write_bytes
 from ldm_ray.models.registry import check_size
 from ldm_ray.models.unet import check_unet
-from ldm_ray.settings.config import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.training.fit import Job
 
 log = logging.getLogger(__name__)

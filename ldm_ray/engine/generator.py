@@ -29,8 +29,9 @@ from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.registry import REGISTRY
 from ldm_ray.models.unet import UNet
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 from ldm_ray.terminal.progress import Progress
 from ldm_ray.terminal.text import shown
 

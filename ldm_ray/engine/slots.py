@@ -22,8 +22,9 @@ from ldm_ray.diffusion.samplers import Plan, plan_of
 from ldm_ray.engine.board import Board, Image, Leg, Tile, tiles_of
 from ldm_ray.engine.generator import Generator
 from ldm_ray.engine.jobs import Job, Outcome
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 
 PLANS_KEPT = 256
 RECENT_S = 5.0  # seconds of work that the rate is measured over

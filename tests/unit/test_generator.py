@@ -21,8 +21,8 @@ from ldm_ray.engine.tiles import Tiles, single_threaded
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.settings.config import SamplingConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.sampling import SamplingConfig
 from tests.helpers.networks import busy_denoiser
 
 SCHEDULE = NoiseSchedule()

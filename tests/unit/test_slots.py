@@ -14,8 +14,9 @@ from ldm_ray.engine.board import Image
 from ldm_ray.engine.generator import Generator
 from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.slots import Closed, Slots, choose
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 from tests.helpers.slots import Waited
 
 LONG = SamplingConfig(sampler="ddpm", guidance_scale=1.0)  # 1000 steps
