@@ -187,7 +187,8 @@ def _fit(
             )
         state = content["training"]
         if state["finished"] or state["epoch"] >= config.epochs:
-            log.info("%s: already finished with epoch %d; nothing left to do", paths.name, state["epoch"])
+            reason = "stopped early" if state["finished"] else f"--epochs is {config.epochs}"
+            log.info("%s has %d epochs and %s; nothing left to do", paths.name, state["epoch"], reason)
             return Outcome(paths, 0)
         log.info("going on with %s after epoch %d, step %d", paths.name, state["epoch"], state["step"])
     paths = paths or runs.new_run(config, base, held)

@@ -41,7 +41,6 @@ class Closed(Exception):
 class Figures:
     """Counters since the start; they only grow."""
 
-    rounds: int = 0
     steps: int = 0  # of images
     rows: int = 0  # steps with the rows that only fill tiles up
     images: int = 0
@@ -209,7 +208,6 @@ class Slots:
         if not self.live:
             return
         self.board.next_deadline = min((i.job.deadline for i in self.live if i.job.deadline is not None), default=None)
-        self.figures.rounds += 1
         chosen = choose(self.live, self.capacity)
         tiles = tiles_of(chosen, self.generator.tiles.size_for, LEG)
         if len(tiles) > self.generator.tiles.threads:
