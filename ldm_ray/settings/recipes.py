@@ -47,8 +47,8 @@ def stated(row: tuple[Any, ...]) -> str:
     """A row as ``--help`` shows it: one value, or that of each recipe and of pixels where those have another."""
     if len(set(row)) == 1:
         return str(row[0])
-    by_recipe = dict(zip(RECIPES, row, strict=False))
-    pixels = {
-        f"{recipe}, pixel": value for recipe, value in zip(RECIPES, row[2:], strict=False) if value != by_recipe[recipe]
-    }
-    return "; ".join(f"{name}: {value}" for name, value in (by_recipe | pixels).items())
+    cells = [
+        (recipe if space == "latent" else f"{recipe}, {space}", row[i])
+        for i, (recipe, space) in enumerate(COLUMNS[: len(row)])
+    ]
+    return "; ".join(f"{name}: {value}" for i, (name, value) in enumerate(cells) if i < 2 or value != row[i - 2])

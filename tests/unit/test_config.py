@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from ldm_ray.files.paths import cache_dir, outdir
+from ldm_ray.service.schemas import GenerationRequest, Permalink
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_GUIDANCE, MAX_STEPS
 from ldm_ray.settings.options import Config, flag_of, kind_of, option
-from ldm_ray.settings.sampling import InferConfig, SamplingConfig
+from ldm_ray.settings.sampling import DEFAULT_STEPS, InferConfig, SamplingConfig
 from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.terminal.flags import Parser, parse_config
 
@@ -109,6 +111,21 @@ def test_a_recipe_is_the_page_of_the_docs() -> None:
                         assert word == str(value) or float(word) == value, (flags, cell)
                         checked += 1
         assert checked == {TrainConfig: 14, AutoencoderConfig: 4}[config]
+
+
+def test_flags_and_http_have_the_same_bounds() -> None:
+    rules = {field.name: field.metadata for field in dataclasses.fields(SamplingConfig)}
+    generation, permalink = GenerationRequest.model_json_schema(), Permalink.model_json_schema()
+    for schema, names in (
+        (generation, ("guidance_scale", "num_inference_steps", "sampler")),
+        (permalink, ("guidance", "steps", "sampler")),
+    ):
+        guidance, steps, sampler = (schema["properties"][name]["anyOf"][0] for name in names)
+        assert (guidance["minimum"], guidance["maximum"]) == (0, rules["guidance_scale"]["high"]) == (0, MAX_GUIDANCE)
+        assert (steps["minimum"], steps["maximum"]) == (rules["num_inference_steps"]["low"], MAX_STEPS) == (1, 1000)
+        assert tuple(sampler["enum"]) == rules["sampler"]["choices"] == tuple(DEFAULT_STEPS)
+    stated = dict(re.findall(r"(\w+): (\w+)", rules["num_inference_steps"]["help"]))
+    assert stated == {"dpmpp_2m_sde": "10", "unipc": "9", "dpmpp_2m": "8", "ddim": "20", "ddpm": "T"}
 
 
 @pytest.mark.parametrize(
