@@ -25,14 +25,14 @@ from ldm_ray.checkpoints import checkpoint
 from ldm_ray.data.examples import SPLIT_SEED
 from ldm_ray.data.sources import load_source
 from ldm_ray.data.statistics import LatentStatistics
-from ldm_ray.diffusion.samplers import DEFAULT_STEPS
 from ldm_ray.engine.generator import Generator
 from ldm_ray.files.paths import cache_dir
 from ldm_ray.metrics.floors import chosen, encode, reconstruct
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import LatentCodec
-from ldm_ray.settings.config import SAMPLERS, AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
-from ldm_ray.terminal.cli import Parser, parse_config
+from ldm_ray.settings.sampling import DEFAULT_STEPS, SAMPLERS, SamplingConfig
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.terminal.flags import Parser, parse_config
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import AutoencoderTask, DenoiserTask, Task, build_task
 

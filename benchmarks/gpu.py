@@ -39,7 +39,8 @@ from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.settings.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_ray.settings.sampling import SamplingConfig
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 

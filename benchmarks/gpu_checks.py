@@ -22,7 +22,7 @@ from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec, PixelCodec
 from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.unet import UNet
-from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.sampling import SamplingConfig
 
 
 def facts(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from ldm_ray.metrics import floors
 from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import LatentCodec
-from ldm_ray.settings.config import AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import AutoencoderTask, DenoiserTask, Task, build_task
 

@@ -43,7 +43,7 @@ from ldm_ray.diffusion.schedule import Noiser, NoiseSchedule
 from ldm_ray.files.paths import AnyPath
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.settings.config import AutoencoderConfig, TrainConfig
+from ldm_ray.settings.training import AutoencoderConfig, TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 

@@ -30,7 +30,7 @@ from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
 from ldm_ray.engine.generator import Generator
 from ldm_ray.engine.tabled import TabledDenoiser
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.sampling import SamplingConfig
 
 MATRIX_FLOP = 1.065e6  # per image and step with conditioning from tables, hidden width 256; 3.36e6 without
 

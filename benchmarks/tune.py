@@ -38,7 +38,8 @@ from ldm_ray.models import registry
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.search import trial
 from ldm_ray.search.objective import ClassFrechet
-from ldm_ray.settings.config import SamplingConfig, TrainConfig
+from ldm_ray.settings.sampling import SamplingConfig
+from ldm_ray.settings.training import TrainConfig
 from ldm_ray.training.tasks import DenoiserTask
 
 SEARCH = Path(__file__).resolve().parents[1] / "tune" / "search.py"

@@ -20,7 +20,7 @@ from typing import Any
 from ldm_ray.files.paths import AnyPath, cache_dir, outdir, to_path
 from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.settings.evaluation import CompareConfig
-from ldm_ray.terminal import cli
+from ldm_ray.terminal import cli, flags
 from ldm_ray.terminal.progress import Progress
 
 PROG = "python -m ldm_ray.compare"
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = cli.parse_config(CompareConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    config = flags.parse_config(CompareConfig, flags.Parser(prog=PROG, description=__doc__), argv)
     output = cli.folder_path(config.output)
     from ldm_ray.checkpoints import runs
     from ldm_ray.checkpoints.checkpoint import versions
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def newest(base: AnyPath) -> list[AnyPath]:
     """The newest checkpoint of each space. ConfigError unless there is one of each."""
     from ldm_ray.checkpoints import runs
-    from ldm_ray.settings.config import SPACES
+    from ldm_ray.settings.diffusion import SPACES
 
     found = {space: runs.newest_diffusion(base, (space,)) for space in SPACES}
     for space, path in found.items():

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from ldm_ray.files.paths import cache_dir, outdir, to_path
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.evaluation import EvaluateConfig
-from ldm_ray.terminal import cli
+from ldm_ray.terminal import cli, flags
 
 PROG = "python -m ldm_ray.evaluate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = cli.parse_config(EvaluateConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    config = flags.parse_config(EvaluateConfig, flags.Parser(prog=PROG, description=__doc__), argv)
     output = cli.folder_path(config.output)
     from ldm_ray.checkpoints import runs
     from ldm_ray.checkpoints.checkpoint import versions

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ldm_ray.files.paths import outdir, to_path
 from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.settings.latents import ExploreConfig
-from ldm_ray.terminal import cli
+from ldm_ray.terminal import cli, flags
 from ldm_ray.terminal.words import counted
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Names = list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = cli.parse_config(ExploreConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    config = flags.parse_config(ExploreConfig, flags.Parser(prog=PROG, description=__doc__), argv)
     output = cli.picture_path(config.output)
     from ldm_ray.checkpoints import runs
     from ldm_ray.data.images import encode_png, grid

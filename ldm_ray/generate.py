@@ -26,7 +26,7 @@ from ldm_ray.files.hold import hold
 from ldm_ray.files.paths import AnyPath, local_path, outdir, to_path
 from ldm_ray.settings.datasets import GenerateConfig, VerifyConfig
 from ldm_ray.settings.errors import ConfigError
-from ldm_ray.terminal import cli
+from ldm_ray.terminal import cli, flags
 from ldm_ray.terminal.progress import Progress
 from ldm_ray.terminal.signals import on_first
 from ldm_ray.terminal.words import counted
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["verify"]:
         return verify(given[1:])
-    config = cli.parse_config(GenerateConfig, cli.Parser(prog=PROG, description=__doc__), given)
+    config = flags.parse_config(GenerateConfig, flags.Parser(prog=PROG, description=__doc__), given)
     if config.output and not config.requests:
         raise ConfigError("--output belongs to --requests FILE; a dataset's folder is --outdir")
     path = checkpoint_path(config.ckpt)
@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """``verify DIR``: 0 when all is as it was written, 1 when something is not."""
-    parser = cli.Parser(prog=f"{PROG} verify", description="Checks hashes and makes images again.")
+    parser = flags.Parser(prog=f"{PROG} verify", description="Checks hashes and makes images again.")
     parser.add_argument("folder", metavar="DIR", help="a dataset that generate has made")
-    cli.add_flags(parser, VerifyConfig)
+    flags.add_flags(parser, VerifyConfig)
     given = vars(parser.parse_args(argv))
     folder = given.pop("folder")
     config = VerifyConfig(**given)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_ray.files.paths import outdir, to_path
-from ldm_ray.settings.config import MAX_SEED, InferConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
-from ldm_ray.terminal import cli
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import InferConfig
+from ldm_ray.terminal import cli, flags
 from ldm_ray.terminal.words import counted
 
 PROG = "python -m ldm_ray.infer"
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = cli.parse_config(InferConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    config = flags.parse_config(InferConfig, flags.Parser(prog=PROG, description=__doc__), argv)
     output = cli.picture_path(config.output)
     if config.seed + config.num_images - 1 > MAX_SEED:
         raise ConfigError(f"--seed {config.seed} with {config.num_images} images goes beyond the last seed, {MAX_SEED}")

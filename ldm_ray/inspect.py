@@ -16,14 +16,14 @@ from typing import Any
 
 from ldm_ray.files.paths import AnyPath, outdir, to_path
 from ldm_ray.settings.errors import ConfigError
-from ldm_ray.terminal import cli
+from ldm_ray.terminal import cli, flags
 from ldm_ray.terminal.text import shown
 
 PROG = "python -m ldm_ray.inspect"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog=PROG, description=__doc__)
+    parser = flags.Parser(prog=PROG, description=__doc__)
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",

@@ -18,15 +18,15 @@ if not __package__:  # python ldm_ray/train.py
 
 from collections.abc import Sequence
 
-from ldm_ray.settings.config import TrainConfig
-from ldm_ray.terminal import cli
+from ldm_ray.settings.training import TrainConfig
+from ldm_ray.terminal import cli, flags
 
 PROG = "python -m ldm_ray.train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
-    config = cli.parse_config(TrainConfig, cli.Parser(prog=PROG, description=__doc__), given)
+    config = flags.parse_config(TrainConfig, flags.Parser(prog=PROG, description=__doc__), given)
     from ldm_ray.distributed.pipeline import train
 
     return cli.close(train(config), PROG, "python -m ldm_ray.infer --ckpt", given, config)

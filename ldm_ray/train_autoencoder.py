@@ -16,15 +16,15 @@ if not __package__:  # python ldm_ray/train_autoencoder.py
 
 from collections.abc import Sequence
 
-from ldm_ray.settings.config import AutoencoderConfig
-from ldm_ray.terminal import cli
+from ldm_ray.settings.training import AutoencoderConfig
+from ldm_ray.terminal import cli, flags
 
 PROG = "python -m ldm_ray.train_autoencoder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
-    config = cli.parse_config(AutoencoderConfig, cli.Parser(prog=PROG, description=__doc__), given)
+    config = flags.parse_config(AutoencoderConfig, flags.Parser(prog=PROG, description=__doc__), given)
     from ldm_ray.distributed.pipeline import train_autoencoder
 
     return cli.close(train_autoencoder(config), PROG, "python -m ldm_ray.train --ae-ckpt", given, config)

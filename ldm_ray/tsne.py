@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm_ray.settings.latents import TsneConfig
-from ldm_ray.terminal import cli
+from ldm_ray.terminal import cli, flags
 from ldm_ray.terminal.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = cli.parse_config(TsneConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    config = flags.parse_config(TsneConfig, flags.Parser(prog=PROG, description=__doc__), argv)
     output = cli.picture_path(config.output)
     import numpy as np
 

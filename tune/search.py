@@ -26,15 +26,13 @@ if __name__ == "__main__":  # the package beside this file, installed or not; Ra
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[1], os.environ.get("PYTHONPATH")]))
 
-from ldm_ray.checkpoints import checkpoint, runs
-from ldm_ray.data.identity import changes, record_of
 from ldm_ray.files.hold import hold, new_folder
 from ldm_ray.files.paths import outdir, to_path, write_bytes
 from ldm_ray.search.records import Records, SearchPaths, best_config, read_search, table
 from ldm_ray.search.space import SearchConfig
-from ldm_ray.settings.config import TrainConfig
 from ldm_ray.settings.errors import ConfigError, LdmError
-from ldm_ray.terminal import cli
+from ldm_ray.settings.training import TrainConfig
+from ldm_ray.terminal import cli, flags
 
 PROG = "python tune/search.py"
 log = logging.getLogger("ldm_ray.tune")
@@ -42,7 +40,9 @@ log = logging.getLogger("ldm_ray.tune")
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
-    config = cli.parse_config(SearchConfig, cli.Parser(prog=PROG, description=__doc__), given)
+    config = flags.parse_config(SearchConfig, flags.Parser(prog=PROG, description=__doc__), given)
+    from ldm_ray.checkpoints import runs
+
     base = outdir(config.outdir)
     if not isinstance(base, Path):
         raise ConfigError(
@@ -86,6 +86,8 @@ def search(config: SearchConfig, paths: SearchPaths, latents: Any, base: Path) -
 
     latents: of ``pipeline.latents_of``. Raises LdmError when every trial failed.
     """
+    from ldm_ray.checkpoints import checkpoint
+    from ldm_ray.data.identity import record_of
     from ldm_ray.distributed.search import Engine
 
     data = record_of(latents.source, latents.autoencoder.sha256)
@@ -132,6 +134,8 @@ def paths_of(config: SearchConfig, base: Path, held: contextlib.ExitStack) -> Se
 
     It is held until the stack closes.
     """
+    from ldm_ray.checkpoints import runs
+
     folder = base / "tune"
     if config.resume:
         pattern = f"{config.name or '*'}/search.json"
@@ -152,6 +156,8 @@ def records_of(config: SearchConfig, paths: SearchPaths, data: dict[str, Any]) -
     """Of a new search, or those to go on from. ConfigError when the earlier search was another one."""
     if not paths.search.exists():
         return Records(paths.trials, [])
+    from ldm_ray.data.identity import changes
+
     before = read_search(paths)
     changed = config.differences(before["config"]) + changes(before["data"], data)
     if changed:

@@ -9,7 +9,7 @@ from typing import Any
 from ldm_ray.checkpoints.safe_load import Plain
 from ldm_ray.checkpoints.untrusted.tensors import Unread
 from ldm_ray.models.registry import MAX_LATENT_DIM, MAX_SIDE
-from ldm_ray.settings.config import BETA_SCHEDULES, PREDICTION_TYPES
+from ldm_ray.settings.diffusion import BETA_SCHEDULES, PREDICTION_TYPES
 from ldm_ray.settings.errors import CheckpointError
 from ldm_ray.settings.limits import MAX_CLASSES
 from ldm_ray.terminal.text import quoted, shown

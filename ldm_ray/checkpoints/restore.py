@@ -20,7 +20,7 @@ from ldm_ray.models.codec import LatentCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser, sizes_of
 from ldm_ray.models.denoiser import Denoiser, blocks_in
 from ldm_ray.models.unet import UNet
-from ldm_ray.settings.config import BETAS, check_tables
+from ldm_ray.settings.diffusion import BETAS, check_tables
 from ldm_ray.settings.errors import CheckpointError, ConfigError, LdmError
 from ldm_ray.settings.limits import MAX_CLASSES
 from ldm_ray.terminal.text import shown

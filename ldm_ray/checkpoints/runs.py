@@ -13,8 +13,9 @@ from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint, autoencoder_ty
 from ldm_ray.files.hold import new_folder, time_in
 from ldm_ray.files.paths import AnyPath, unique
 from ldm_ray.models.registry import REGISTRY
-from ldm_ray.settings.config import SPACES, AutoencoderConfig, RunConfig
+from ldm_ray.settings.diffusion import SPACES
 from ldm_ray.settings.errors import CheckpointError, ConfigError, Foreign
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig
 
 log = logging.getLogger(__name__)
 

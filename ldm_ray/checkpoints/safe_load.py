@@ -14,7 +14,7 @@ from ldm_ray.checkpoints.untrusted.archives import LEGACY, read_legacy, read_saf
 from ldm_ray.checkpoints.untrusted.signatures import kind_of
 from ldm_ray.checkpoints.untrusted.tensors import Source, Stored, Unread, shape_text
 from ldm_ray.files.paths import AnyPath
-from ldm_ray.settings.config import MAX_PARAMETERS
+from ldm_ray.settings.diffusion import MAX_PARAMETERS
 from ldm_ray.settings.errors import CheckpointError, ConfigError, Foreign, LdmError
 from ldm_ray.terminal.text import shown
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm_ray.checkpoints.untrusted.tensors import FLOATS, Stored, Unread
 from ldm_ray.models.registry import REGISTRY
-from ldm_ray.settings.config import MAX_PARAMETERS
+from ldm_ray.settings.diffusion import MAX_PARAMETERS
 from ldm_ray.settings.errors import CheckpointError, Foreign
 from ldm_ray.terminal.text import listed, quoted
 

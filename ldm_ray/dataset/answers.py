@@ -26,9 +26,10 @@ from ldm_ray.devices.device import pick_device
 from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.engine.generator import DEFAULT, Generator
 from ldm_ray.files.paths import replaced
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.datasets import GenerateConfig
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 from ldm_ray.terminal.cli import check_place
 from ldm_ray.terminal.progress import Progress
 from ldm_ray.terminal.words import counted

@@ -14,8 +14,8 @@ import pyarrow as pa
 from ldm_ray.checkpoints import checkpoint
 from ldm_ray.dataset.rows import Labels, Seeds
 from ldm_ray.files.store import Store
-from ldm_ray.settings.config import SamplingConfig
 from ldm_ray.settings.errors import ConfigError, DataError
+from ldm_ray.settings.sampling import SamplingConfig
 
 MANIFEST = "manifest.json"
 VERSION = 2  # of the manifest and the shards

@@ -17,8 +17,8 @@ import torch
 from ldm_ray.data.classes import class_of, numbered
 from ldm_ray.diffusion.noise import LOW, philox
 from ldm_ray.files.paths import local_path
-from ldm_ray.settings.config import MAX_SEED
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_SEED
 
 LABEL_BLOCK = 2**40  # of a seed's Philox stream: far beyond those that any number of steps draws noise from
 CHUNK = 1 << 22  # bytes of a label file read at a time

@@ -5,7 +5,7 @@ With ᾱ of the timestep and xt = √ᾱ x0 + √(1 − ᾱ) ε (DDPM, arXiv:200
 
 from __future__ import annotations
 
-from ldm_ray.settings.config import PREDICTION_TYPES
+from ldm_ray.settings.diffusion import PREDICTION_TYPES
 from ldm_ray.settings.errors import ConfigError
 
 

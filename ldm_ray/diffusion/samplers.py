@@ -21,11 +21,10 @@ from ldm_ray.devices.device import sent
 from ldm_ray.diffusion.prediction import x0_weights
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.diffusion.timesteps import Transition, spaced_timesteps, transitions_of
-from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.sampling import DEFAULT_STEPS, SamplingConfig
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
-DEFAULT_STEPS = {"dpmpp_2m_sde": 10, "unipc": 9, "dpmpp_2m": 8, "ddim": 20, "ddpm": 0}  # 0: every timestep
 DEFAULT_SPACING = "trailing"  # chosen with the steps by measurement: docs/sampling.md
 
 

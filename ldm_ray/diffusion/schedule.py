@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_ray.settings.config import BETA_SCHEDULES
+from ldm_ray.settings.diffusion import BETA_SCHEDULES
 from ldm_ray.settings.errors import ConfigError
 
 MAX_BETA = 0.999  # of squaredcos_cap_v2

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.settings.config import SPACINGS
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.sampling import SPACINGS
 
 KARRAS_RHO = 7.0
 Transition = tuple[int, int | None]

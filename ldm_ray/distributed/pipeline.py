@@ -26,8 +26,8 @@ from ldm_ray.files.hold import hold
 from ldm_ray.files.paths import AnyPath, Mirror, cache_dir, outdir, to_path, write_bytes
 from ldm_ray.models.registry import check_size
 from ldm_ray.models.unet import check_unet
-from ldm_ray.settings.config import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.training.fit import Job
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,8 @@ def _fit(
             )
         state = content["training"]
         if state["finished"] or state["epoch"] >= config.epochs:
-            log.info("%s: already finished with epoch %d; nothing left to do", paths.name, state["epoch"])
+            reason = "stopped early" if state["finished"] else f"--epochs is {config.epochs}"
+            log.info("%s has %d epochs and %s; nothing left to do", paths.name, state["epoch"], reason)
             return Outcome(paths, 0)
         log.info("going on with %s after epoch %d, step %d", paths.name, state["epoch"], state["step"])
     paths = paths or runs.new_run(config, base, held)

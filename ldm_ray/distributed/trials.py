@@ -16,7 +16,8 @@ from ldm_ray.data.classes import numbered
 from ldm_ray.distributed.gpus import check_worker
 from ldm_ray.search import trial
 from ldm_ray.search.trial import Diverged, TrialData
-from ldm_ray.settings.config import TrainConfig, canonical
+from ldm_ray.settings.diffusion import canonical
+from ldm_ray.settings.training import TrainConfig
 
 OBJECTIVE = "objective"
 

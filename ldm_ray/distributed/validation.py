@@ -21,7 +21,7 @@ from ldm_ray.data.sources import ImageSource
 from ldm_ray.files.paths import AnyPath, append_line, to_path
 from ldm_ray.metrics.evaluation import figures_of
 from ldm_ray.metrics.lenet import is_mnist, others_note
-from ldm_ray.settings.config import RunConfig, TrainConfig
+from ldm_ray.settings.training import RunConfig, TrainConfig
 
 FIGURE = "fd_lenet"
 POINTER = "checkpoint"

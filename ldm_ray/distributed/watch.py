@@ -13,7 +13,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 
 from ldm_ray.search.records import Records, Trial
-from ldm_ray.settings.config import canonical
+from ldm_ray.settings.diffusion import canonical
 
 log = logging.getLogger("ldm_ray.tune")
 WATCH_S = 0.2

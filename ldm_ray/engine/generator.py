@@ -29,20 +29,17 @@ from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.registry import REGISTRY
 from ldm_ray.models.unet import UNet
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 from ldm_ray.terminal.progress import Progress
 from ldm_ray.terminal.text import shown
 
 CHANNELS = 32  # of an autoencoder's widest layer, for each pixel
 ENGINE = 2  # goes up with every change to what a seed's bytes are
 DEFAULT = SamplingConfig()
-Watch = Callable[[int, int, Tensor], bool | None]
+Watch = Callable[[int, int, Tensor], None]
 log = logging.getLogger(__name__)
-
-
-class Cancelled(Exception):
-    """Sampling was stopped from outside, between two steps."""
 
 
 class Generator:
@@ -116,8 +113,8 @@ class Generator:
 
         An image's bytes follow from its own seed and label, the settings, the checkpoint and ``fingerprint``,
         whatever is made with it. watch(i, step, x0_pred (n, D)) is called after every step of the n images from
-        the i-th, in their thread; returning False cancels. Raises ConfigError on settings, seeds or labels
-        that cannot be, CheckpointError with the seeds whose numbers are not finite, Cancelled.
+        the i-th, in their thread. Raises ConfigError on settings, seeds or labels
+        that cannot be, CheckpointError with the seeds whose numbers are not finite.
         """
         images, finite = self.make(seeds, labels, sampling, watch)
         if not bool(finite.all()):
@@ -209,8 +206,8 @@ class Generator:
         denoise, denoise_guided = denoisers
         steps = sample(denoise, plan, noise(0), filled(labels, size), noise, denoise_guided)
         for step, state in enumerate(steps):
-            if watch is not None and watch(first, step, state[1][:count]) is False:
-                raise Cancelled
+            if watch is not None:
+                watch(first, step, state[1][:count])
         latents = state[0]
         made = (self.codec.decode(latents) if decode else latents)[:count]
         finite = torch.isfinite(made).flatten(1).all(dim=1)

@@ -9,7 +9,7 @@ from enum import Enum
 from torch import Tensor
 
 from ldm_ray.diffusion.samplers import Plan, denoiser_rows
-from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.sampling import SamplingConfig
 
 
 class Outcome(Enum):

@@ -22,8 +22,9 @@ from ldm_ray.diffusion.samplers import Plan, plan_of
 from ldm_ray.engine.board import Board, Image, Leg, Tile, tiles_of
 from ldm_ray.engine.generator import Generator
 from ldm_ray.engine.jobs import Job, Outcome
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 
 PLANS_KEPT = 256
 RECENT_S = 5.0  # seconds of work that the rate is measured over
@@ -40,7 +41,6 @@ class Closed(Exception):
 class Figures:
     """Counters since the start; they only grow."""
 
-    rounds: int = 0
     steps: int = 0  # of images
     rows: int = 0  # steps with the rows that only fill tiles up
     images: int = 0
@@ -208,7 +208,6 @@ class Slots:
         if not self.live:
             return
         self.board.next_deadline = min((i.job.deadline for i in self.live if i.job.deadline is not None), default=None)
-        self.figures.rounds += 1
         chosen = choose(self.live, self.capacity)
         tiles = tiles_of(chosen, self.generator.tiles.size_for, LEG)
         if len(tiles) > self.generator.tiles.threads:

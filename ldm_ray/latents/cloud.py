@@ -23,9 +23,9 @@ from ldm_ray.engine.generator import Generator, load
 from ldm_ray.files.paths import AnyPath, cache_dir, outdir, to_path
 from ldm_ray.metrics.floors import encode
 from ldm_ray.models.codec import LatentCodec
-from ldm_ray.settings.config import MAX_SEED
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.latents import TsneConfig
+from ldm_ray.settings.limits import MAX_SEED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ldm_ray.engine.generator import Generator
 from ldm_ray.latents.paths import interpolate, plane, traverse
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 
 PLANE_POINTS = 256  # latents that a plane goes by
 INNER = 0.02, 0.98  # share of them that its sheet shows, in each direction

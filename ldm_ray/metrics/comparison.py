@@ -24,7 +24,8 @@ from ldm_ray.diffusion.samplers import denoiser_rows, plan_of
 from ldm_ray.engine.generator import Generator, load
 from ldm_ray.files.paths import AnyPath
 from ldm_ray.models.unet import UNet
-from ldm_ray.settings.config import SamplingConfig, TrainConfig
+from ldm_ray.settings.sampling import SamplingConfig
+from ldm_ray.settings.training import TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 

@@ -23,9 +23,9 @@ from ldm_ray.metrics.floors import autoencoder_hash, floors
 from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers, is_mnist, others_note
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models.codec import Codec
-from ldm_ray.settings.config import SamplingConfig
 from ldm_ray.settings.errors import DataError
 from ldm_ray.settings.evaluation import EvaluateConfig
+from ldm_ray.settings.sampling import SamplingConfig
 from ldm_ray.terminal.progress import Progress
 
 FLOORS_VERSION = 2  # one more whenever the floors or the figures are defined anew

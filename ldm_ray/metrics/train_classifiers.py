@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm_ray.files.paths import cache_dir
 from ldm_ray.settings.evaluation import ClassifiersConfig
-from ldm_ray.terminal import cli
+from ldm_ray.terminal import cli, flags
 
 PROG = "python -m ldm_ray.metrics.train_classifiers"
 BATCH, WEIGHT_DECAY = 128, 1e-2
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = cli.parse_config(ClassifiersConfig, cli.Parser(prog=PROG, description=__doc__), argv)
+    config = flags.parse_config(ClassifiersConfig, flags.Parser(prog=PROG, description=__doc__), argv)
     output = cli.folder_path(config.output)
     from ldm_ray.checkpoints.checkpoint import cpu, file_sha256, write
     from ldm_ray.data.sources import load_source

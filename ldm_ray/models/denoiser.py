@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_ray.models.conditioning import ConditionedDenoiser, filled_with, sizes_of, zeroed
-from ldm_ray.settings.config import NUM_BLOCKS
+from ldm_ray.settings.diffusion import NUM_BLOCKS
 
 
 class FiLMLayer(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.search.records import SearchPaths, Trial
 from ldm_ray.search.space import DEFAULTS
-from ldm_ray.settings.config import BETA_SCHEDULES, canonical
+from ldm_ray.settings.diffusion import BETA_SCHEDULES, canonical
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm_ray.files.paths import write_bytes
-from ldm_ray.settings.config import TrainConfig, canonical
+from ldm_ray.settings.diffusion import canonical
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.training import TrainConfig
 
 SHOWN = 10
 

@@ -10,11 +10,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ldm_ray.settings.config import TrainConfig, canonical
+from ldm_ray.settings.diffusion import canonical
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.gpu_share import gpus_option
+from ldm_ray.settings.limits import MAX_STEPS
 from ldm_ray.settings.options import Config, check_value, flag_of, kind_of, option
-from ldm_ray.terminal.cli import number
+from ldm_ray.settings.training import TrainConfig
+from ldm_ray.terminal.flags import number
 
 TRAIN = {field.name: field for field in dataclasses.fields(TrainConfig)}
 DEFAULTS = TrainConfig()
@@ -52,7 +54,7 @@ def values_of(name: str, default: str | None) -> Any:
     text = f"values to try: {shape} ({TRAIN[name].metadata['help']})"
     if default is None:
         text += f" [{getattr(DEFAULTS, name)}, not searched]"
-    return option(default, text, kind=str)
+    return option(default, text)
 
 
 def without_help(rules: Any) -> dict[str, Any]:
@@ -66,9 +68,7 @@ class SearchConfig(Config):
     dataset: str = same("dataset")
     cache_dir: str | None = same("cache_dir")
     outdir: str | None = same("outdir")
-    name: str | None = option(
-        None, "folder of the search under OUTDIR/tune [search- and the time]", kind=str, resume="free"
-    )
+    name: str | None = option(None, "folder of the search under OUTDIR/tune [search- and the time]", resume="free")
     lr: str = values_of("lr", "1e-4:1e-2")
     beta_start: str = values_of("beta_start", "1e-5:1e-3")
     beta_end: str = values_of("beta_end", "5e-3:5e-2")
@@ -85,13 +85,11 @@ class SearchConfig(Config):
     grace_epochs: int = option(1, "epochs that every trial gets", low=1)
     reduction_factor: int = option(3, "the best one of so many goes on at each halving", low=2, high=100)
     eval_samples: int = option(1000, "latents sampled for the objective after an epoch", low=20, high=1_000_000)
-    eval_steps: int = option(40, "sampling steps for them", low=1, high=1000)
+    eval_steps: int = option(40, "sampling steps for them", low=1, high=MAX_STEPS)
     time_budget: str | None = option(
-        None, "stop after so long: seconds, or a number with s, m or h [none]", kind=str, resume="free"
+        None, "stop after so long: seconds, or a number with s, m or h [none]", resume="free"
     )
-    max_concurrent: int | None = option(
-        None, "trials at once [as many as fit the cluster]", kind=int, low=1, resume="free"
-    )
+    max_concurrent: int | None = option(None, "trials at once [as many as fit the cluster]", low=1, resume="free")
     cpus_per_trial: int = option(1, "CPU cores of a trial", low=1, high=1024, resume="free")
     gpus_per_trial: float | None = gpus_option("a trial, 0 for the CPU", "0.25", above=None, low=0)
     accelerator_type: str | None = same("accelerator_type")

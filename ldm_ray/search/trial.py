@@ -19,7 +19,7 @@ from ldm_ray.data.classes import numbered
 from ldm_ray.diffusion.samplers import ddpm, sample
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
 from ldm_ray.search.objective import ClassFrechet
-from ldm_ray.settings.config import TrainConfig
+from ldm_ray.settings.training import TrainConfig
 from ldm_ray.training.fitter import Fitter, mix
 from ldm_ray.training.tasks import DenoiserTask, build_task
 

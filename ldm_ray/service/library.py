@@ -13,7 +13,6 @@ from typing import Any
 
 from ldm_ray.checkpoints import runs
 from ldm_ray.devices.device import pick_device
-from ldm_ray.diffusion.samplers import DEFAULT_STEPS
 from ldm_ray.engine.generator import Generator, load
 from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.slots import Slots
@@ -22,8 +21,9 @@ from ldm_ray.files.paths import AnyPath, to_path
 from ldm_ray.service.errors import ApiError, cut
 from ldm_ray.service.schemas import MAX_IMAGES, MAX_SCALE
 from ldm_ray.service.settings import Settings, check_size
-from ldm_ray.settings.config import SAMPLERS, SamplingConfig
 from ldm_ray.settings.errors import LdmError
+from ldm_ray.settings.limits import MAX_GUIDANCE, MAX_STEPS
+from ldm_ray.settings.sampling import SAMPLERS, SamplingConfig
 
 WARM_IMAGES, WARM_S = 64, 60.0
 log = logging.getLogger("ray.serve")
@@ -90,8 +90,8 @@ class Served:
             "prediction_type": self.generator.prediction_type,
             "limits": {
                 "n": MAX_IMAGES,
-                "num_inference_steps": min(1000, timesteps),
-                "guidance_scale": 20,
+                "num_inference_steps": min(MAX_STEPS, timesteps),
+                "guidance_scale": MAX_GUIDANCE,
                 "scale": MAX_SCALE,
                 "work": settings.max_work,
                 "samplers": list(SAMPLERS),
@@ -99,9 +99,7 @@ class Served:
             "defaults": {
                 "sampler": default["sampler"],
                 "guidance_scale": default["guidance_scale"],
-                "num_inference_steps": {
-                    name: len(self.slots.plan(SamplingConfig(sampler=name))) for name in DEFAULT_STEPS
-                },
+                "num_inference_steps": {name: len(self.slots.plan(SamplingConfig(sampler=name))) for name in SAMPLERS},
             },
             "sha256": self.generator.sha256,
             "fingerprint": self.fingerprint,

@@ -28,7 +28,7 @@ from ldm_ray.service.schemas import (
 from ldm_ray.service.service import CACHED, Order, Service
 from ldm_ray.service.settings import SIDE
 from ldm_ray.service.stream import events, moments
-from ldm_ray.settings.config import MAX_SEED
+from ldm_ray.settings.limits import MAX_SEED
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

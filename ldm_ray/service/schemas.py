@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ldm_ray.service.settings import SIDE
-from ldm_ray.settings.config import MAX_SEED, SAMPLERS
+from ldm_ray.settings.latents import METHODS
+from ldm_ray.settings.limits import MAX_CLASSES, MAX_GUIDANCE, MAX_SEED, MAX_STEPS
+from ldm_ray.settings.sampling import SAMPLERS
 
 MAX_IMAGES = 256
 MAX_SCALE = 16
@@ -19,8 +21,8 @@ def whole(value: Any) -> Any:
 
 Whole = BeforeValidator(whole)
 Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), Whole]
-Label = Annotated[int, Field(strict=True, ge=0, le=4095), Whole]
-Steps = Annotated[int, Field(strict=True, ge=1, le=1000), Whole]
+Label = Annotated[int, Field(strict=True, ge=0, le=MAX_CLASSES - 1), Whole]
+Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS), Whole]
 Partial = Annotated[int, Field(strict=True, ge=0, le=16), Whole]
 Each = Field(min_length=1, max_length=MAX_IMAGES, fail_fast=True)
 Number = Annotated[float, Field(strict=True, ge=-1000, le=1000, allow_inf_nan=False)]
@@ -77,7 +79,7 @@ class Sampling(Output):
 
     num_inference_steps: Steps | None = Field(None, examples=[8])
     sampler: Literal[SAMPLERS] | None = Field(None, examples=["dpmpp_2m_sde"])  # type: ignore[valid-type]
-    guidance_scale: float | None = Field(None, strict=True, ge=0, le=20, allow_inf_nan=False, examples=[2.75])
+    guidance_scale: float | None = Field(None, strict=True, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False, examples=[2.75])
 
 
 class GenerationRequest(Sampling):
@@ -130,8 +132,8 @@ class Asked(Strict):
 class Permalink(Asked):
     """The query of GET /v1/images/{model}/{label}/{seed}.png"""
 
-    steps: int | None = Field(None, ge=1, le=1000)
-    guidance: float | None = Field(None, ge=0, le=20, allow_inf_nan=False)
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    guidance: float | None = Field(None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
     sampler: Literal[SAMPLERS] | None = None  # type: ignore[valid-type]
     scale: int = Field(1, ge=1, le=MAX_SCALE, description="pixels for each pixel")
 
@@ -156,7 +158,7 @@ class InterpolationRequest(Sampling):
     start: End
     end: End
     n: Annotated[int, Field(strict=True, ge=2, le=64, description="images, with both ends"), Whole] = 8
-    method: Literal["linear", "spherical"] = "linear"
+    method: Literal[METHODS] = "linear"  # type: ignore[valid-type]
 
 
 class DecodeRequest(Output):

@@ -24,8 +24,9 @@ from ldm_ray.service.media import Made
 from ldm_ray.service.metrics import Metrics
 from ldm_ray.service.schemas import GenerationRequest, Sampling, scale_of
 from ldm_ray.service.settings import SIDE, Settings
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 
 SURE = 0.7  # share of the deadline within which an image is promised: the rate is an estimate
 CACHED = 4096  # permalink images

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ldm_ray.files.paths import AnyPath, outdir, to_path
 from ldm_ray.settings.errors import CheckpointError, ConfigError, LdmError
 from ldm_ray.settings.gpu_share import MOST, check_share
+from ldm_ray.settings.shared import DEVICES
 
 SIDE = 28  # height and width of every image
 
@@ -28,7 +29,7 @@ class Settings(BaseModel):
     ckpt: str | None = Field(default=None, description="denoiser checkpoint [the newest under outdir]")
     ae_ckpt: str | None = Field(default=None, description="autoencoder checkpoint [the one inside]")
     outdir: str | None = Field(default=None, description="where checkpoints are found [$SCRATCH, else ./outputs]")
-    device: Literal["cuda", "mps", "cpu"] | None = Field(default=None, description="[the best there is]")
+    device: Literal[DEVICES] | None = Field(default=None, description="[the best there is]")  # type: ignore[valid-type]
     token: str | None = Field(default=None, description="bearer token of all routes but health [$LDM_RAY_TOKEN]")
     replicas: str = Field(default="1", description="replicas: a number, or MIN-MAX to scale with the load")
     gpus_per_replica: float | None = Field(

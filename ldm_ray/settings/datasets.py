@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.gpu_share import accelerator_option, gpus_option
+from ldm_ray.settings.limits import MAX_SEED
 from ldm_ray.settings.options import Config, option
+from ldm_ray.settings.sampling import SamplingConfig
+from ldm_ray.settings.shared import device_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
     """``python -m ldm_ray.generate``"""
 
-    ckpt: str | None = option(None, "denoiser checkpoint [the newest under $SCRATCH, else ./outputs]", kind=str)
-    ae_ckpt: str | None = option(
-        None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
-    )
+    ckpt: str | None = option(None, "denoiser checkpoint [the newest under $SCRATCH, else ./outputs]")
+    ae_ckpt: str | None = option(None, "autoencoder checkpoint [the one inside; for existing files, the one found]")
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
     seeds: str = option("0-9999", "an image each: numbers and ranges, such as 0-999999,5,7")
     labels: str = option(
@@ -29,18 +29,18 @@ class GenerateConfig(SamplingConfig):
     shard_size: int = option(10_000, "images per shard", low=1, high=200_000)
     save_latents: bool = option(False, "also write the whitened latents")
     npz: bool = option(False, "also write images.npz: arr_0 uint8 (N, H, W, 3), arr_1 labels")
-    num_workers: int | None = option(None, "workers [all that the GPUs take, or one per CPU core]", kind=int, low=1)
+    num_workers: int | None = option(None, "workers [all that the GPUs take, or one per CPU core]", low=1)
     gpus_per_worker: float | None = gpus_option("a worker")
     accelerator_type: str | None = accelerator_option()
     batch_size: int | None = option(
-        None, "images computed at a time; no byte depends on it [CPU: 2048; GPU: 65536]", kind=int, low=1, high=10**6
+        None, "images computed at a time; no byte depends on it [CPU: 2048; GPU: 65536]", low=1, high=10**6
     )
-    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
+    device: str | None = device_option()
     resume: str = option("auto", "auto: finish what is there; never: refuse a folder in use", choices=("auto", "never"))
     dry_run: bool = option(False, "say what would be made, how large and how long; write nothing")
-    requests: str | None = option(None, "a JSONL file of requests to answer instead; see --output", kind=str)
+    requests: str | None = option(None, "a JSONL file of requests to answer instead; see --output")
     output: str | None = option(
-        None, "the answers to --requests, a JSONL file; errors go beside it [FILE.answers.jsonl]", kind=str
+        None, "the answers to --requests, a JSONL file; errors go beside it [FILE.answers.jsonl]"
     )
 
 
@@ -49,7 +49,7 @@ class VerifyConfig(Config):
     """``python -m ldm_ray.generate verify DIR``"""
 
     sample: int = option(100, "images made again and compared; 0 = check the hashes alone", low=0, high=10**7)
-    seed: int | None = option(None, "which images those are follows from it [drawn]", kind=int, low=0, high=MAX_SEED)
-    ckpt: str | None = option(None, "the checkpoint, if it has moved [as recorded]", kind=str)
-    ae_ckpt: str | None = option(None, "the autoencoder that was given [as recorded]", kind=str)
-    device: str | None = option(None, "cuda, mps or cpu [as recorded]", kind=str, choices=("cuda", "mps", "cpu"))
+    seed: int | None = option(None, "which images those are follows from it [drawn]", low=0, high=MAX_SEED)
+    ckpt: str | None = option(None, "the checkpoint, if it has moved [as recorded]")
+    ae_ckpt: str | None = option(None, "the autoencoder that was given [as recorded]")
+    device: str | None = device_option("as recorded")

@@ -5,34 +5,24 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ldm_ray.settings.config import (
-    CACHE_HELP,
-    DATASET_HELP,
-    GUIDANCE_SCALE,
-    MAX_SEED,
-    SamplerConfig,
-    SamplingConfig,
-    listed,
-    seeds_in,
-)
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_GUIDANCE, MAX_SEED
+from ldm_ray.settings.lists import listed, seeds_in
 from ldm_ray.settings.options import Config, option
+from ldm_ray.settings.sampling import GUIDANCE_SCALE, SamplerConfig, SamplingConfig
+from ldm_ray.settings.shared import CACHE_HELP, DATASET_HELP, device_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplerConfig):
     """``python -m ldm_ray.evaluate``"""
 
-    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]", kind=str)
-    ae_ckpt: str | None = option(
-        None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
-    )
-    dataset: str | None = option(
-        None, f"real images to compare with [those it was trained on]: {DATASET_HELP}", kind=str
-    )
-    cache_dir: str | None = option(None, CACHE_HELP, kind=str)
+    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]")
+    ae_ckpt: str | None = option(None, "autoencoder checkpoint [the one inside; for existing files, the one found]")
+    dataset: str | None = option(None, f"real images to compare with [those it was trained on]: {DATASET_HELP}")
+    cache_dir: str | None = option(None, CACHE_HELP)
     outdir: str | None = option(
-        None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]", kind=str
+        None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]"
     )
     output: str = option("evaluation", "folder for metrics.json and samples.png")
     samples: int = option(10_000, "images for each sampling seed, as many of each digit", low=10, high=1_000_000)
@@ -40,7 +30,7 @@ class EvaluateConfig(SamplerConfig):
     guidance_scale: str = option(
         f"{GUIDANCE_SCALE:g}", "classifier-free guidance, 1 = off; several (1,1.5,2) are measured in turn"
     )
-    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
+    device: str | None = device_option()
     baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (about a minute)")
     ddpm_floor: bool = option(False, "also measure DDPM with every timestep of the same weights (slow)")
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
@@ -56,7 +46,7 @@ class EvaluateConfig(SamplerConfig):
         return seeds_in(self.seeds)
 
     def scales(self) -> list[float]:
-        return listed("--guidance-scale", self.guidance_scale, r"\d{1,3}(\.\d{1,6})?", 20)
+        return listed("--guidance-scale", self.guidance_scale, r"\d{1,3}(\.\d{1,6})?", MAX_GUIDANCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +54,19 @@ class CompareConfig(SamplingConfig):
     """``python -m ldm_ray.compare``"""
 
     ckpt: tuple[str, ...] | None = option(
-        None, "denoiser checkpoints, in latents or in pixels [the newest of each]", kind=str, many=8
+        None, "denoiser checkpoints, in latents or in pixels [the newest of each]", many=8
     )
-    dataset: str | None = option(
-        None, f"real images to compare with [those they were trained on]: {DATASET_HELP}", kind=str
-    )
-    cache_dir: str | None = option(None, CACHE_HELP, kind=str)
+    dataset: str | None = option(None, f"real images to compare with [those they were trained on]: {DATASET_HELP}")
+    cache_dir: str | None = option(None, CACHE_HELP)
     outdir: str | None = option(
-        None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]", kind=str
+        None, "where to look for checkpoints and to keep measured floors [$SCRATCH, else ./outputs]"
     )
     output: str = option("comparison", "folder for comparison.md, comparison.json and comparison.png")
     samples: int = option(10_000, "images for the distances, as many of each digit; 0 = measure speed alone", low=0)
     seeds: str = option("0", "sampling seeds, for the spread")
     batches: str = option("1,64,1024", "numbers of images made at a time, whose times are measured")
     repeats: int = option(3, "times that each of them is made; the median counts", low=1, high=1000)
-    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
+    device: str | None = device_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,10 +77,10 @@ class CompareConfig(SamplingConfig):
             self.evaluation("")
 
     def sizes(self) -> list[int]:
-        found = [int(value) for value in listed("--batches", self.batches, r"\d{1,6}", 100_000)]
-        if min(found) < 1:
+        sizes = [int(value) for value in listed("--batches", self.batches, r"\d{1,6}", 100_000)]
+        if min(sizes) < 1:
             raise ConfigError(f"--batches are numbers from 1, not {self.batches!r}")
-        return found
+        return sizes
 
     def evaluation(self, ckpt: str) -> EvaluateConfig:
         """The measurement of one checkpoint's images."""
@@ -109,7 +97,7 @@ class ClassifiersConfig(Config):
     """``python -m ldm_ray.metrics.train_classifiers``"""
 
     dataset: str = option("auto", DATASET_HELP)
-    cache_dir: str | None = option(None, CACHE_HELP, kind=str)
+    cache_dir: str | None = option(None, CACHE_HELP)
     output: str = option("classifiers", "folder for lenet.pt and residual.pt")
-    epochs: int | None = option(None, "passes over the training images [20 and 12]", kind=int, low=1)
+    epochs: int | None = option(None, "passes over the training images [20 and 12]", low=1)
     seed: int = option(42, "everything random follows from it", low=0, high=MAX_SEED)

@@ -28,11 +28,9 @@ def fitting(gpus: int, share: float) -> int:
 def gpus_option(whose: str, default: str = "1", **rules: Any) -> Any:
     """A field with the GPUs of one worker."""
     text = f"GPUs of {whose}: a share such as 0.5, or a whole number [{default} where there are GPUs]"
-    return option(None, text, kind=float, **{"above": 0, "high": MOST, "check": check_share, "resume": "free", **rules})
+    return option(None, text, **{"above": 0, "high": MOST, "check": check_share, "resume": "free", **rules})
 
 
 def accelerator_option() -> Any:
     """A field with the type of GPU that workers take."""
-    return option(
-        None, "type of GPU that workers take, as Ray names it: L4, A10G, H100 … [any]", kind=str, resume="free"
-    )
+    return option(None, "type of GPU that workers take, as Ray names it: L4, A10G, H100 … [any]", resume="free")

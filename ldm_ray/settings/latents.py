@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm_ray.settings.config import CACHE_HELP, DATASET_HELP, MAX_SEED, SamplingConfig, seeds_in
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.lists import seeds_in
 from ldm_ray.settings.options import option
+from ldm_ray.settings.sampling import SamplingConfig
+from ldm_ray.settings.shared import CACHE_HELP, DATASET_HELP, device_option
 
 SHEETS = ("interpolate", "traverse", "plane")
 
@@ -22,24 +25,21 @@ class ExploreConfig(SamplingConfig):
         "plane: the plane that tells the digits apart",
         choices=SHEETS,
     )
-    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]", kind=str)
-    ae_ckpt: str | None = option(
-        None, "autoencoder checkpoint [the one inside; for existing files, the one found]", kind=str
-    )
-    outdir: str | None = option(None, "where to look for checkpoints [$SCRATCH, else ./outputs]", kind=str)
+    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]")
+    ae_ckpt: str | None = option(None, "autoencoder checkpoint [the one inside; for existing files, the one found]")
+    outdir: str | None = option(None, "where to look for checkpoints [$SCRATCH, else ./outputs]")
     output: str = option("explore.png", "the picture to write")
     seeds: str = option("42", "image seeds, with commas between, and ranges such as 0-4")
     digits: str | None = option(
         None,
         "one for each seed in turn: classes by number or name with commas between, or none: unconditional "
         "[interpolate and plane: each in turn; traverse: the first]",
-        kind=str,
     )
     columns: int = option(11, "pictures in a row", low=2, high=100)
     method: str = option("spherical", "how to interpolate", choices=METHODS)
     span: float = option(3.0, "traverse: from minus to plus so many standard deviations", above=0, high=100)
     rows: int = option(32, "traverse: numbers of the latent, at most", low=1, high=1024)
-    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
+    device: str | None = device_option()
     force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
     def __post_init__(self) -> None:
@@ -55,17 +55,15 @@ class TsneConfig(SamplingConfig):
     """``python -m ldm_ray.tsne``"""
 
     ae_ckpt: tuple[str, ...] | None = option(
-        None, "autoencoder checkpoint, or two side by side [that of --ckpt, else the newest found]", kind=str, many=2
+        None, "autoencoder checkpoint, or two side by side [that of --ckpt, else the newest found]", many=2
     )
-    ckpt: str | None = option(None, "denoiser checkpoint: also show images that it makes", kind=str)
-    dataset: str | None = option(
-        None, f"whose test images [those of the checkpoint's own dataset]: {DATASET_HELP}", kind=str
-    )
-    cache_dir: str | None = option(None, CACHE_HELP, kind=str)
-    outdir: str | None = option(None, "where to look for autoencoders [$SCRATCH, else ./outputs]", kind=str)
+    ckpt: str | None = option(None, "denoiser checkpoint: also show images that it makes")
+    dataset: str | None = option(None, f"whose test images [those of the checkpoint's own dataset]: {DATASET_HELP}")
+    cache_dir: str | None = option(None, CACHE_HELP)
+    outdir: str | None = option(None, "where to look for autoencoders [$SCRATCH, else ./outputs]")
     output: str = option("tsne.png", "the picture to write; .csv and .json of the same name go beside it")
     samples: int = option(5000, "test images, drawn where there are more; as many are made with --ckpt", low=4)
     perplexity: float = option(30.0, "neighbours that a point attends to, fewer than points", above=0, high=10_000)
     seed: int = option(42, "everything random follows from it; image i made has seed + i", low=0, high=MAX_SEED)
     thumbnails: bool = option(True, "show images where points cluster")
-    device: str | None = option(None, "cuda, mps or cpu [the best there is]", kind=str, choices=("cuda", "mps", "cpu"))
+    device: str | None = device_option()

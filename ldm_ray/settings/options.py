@@ -5,29 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm_ray.settings.errors import ConfigError
 
+KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+
 
 def option(default: Any, help: str, **rules: Any) -> Any:
     """A dataclass field with what its flag needs.
 
-    rules: ``flag`` (name, when not the field's), ``kind`` (int, float, str or bool; the default's type
-    otherwise), ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive), ``choices``, ``many`` (up
-    to so many values, given as a tuple), ``check`` (a function of the flag and the value that refuses it),
-    ``resume`` ("free": may change between the stop and the resume of a run).
+    rules: ``flag`` (name, when not the field's), ``low``, ``high`` (inclusive), ``above``, ``below`` (exclusive),
+    ``choices``, ``many`` (up to so many values, as a tuple), ``check`` (a function of the flag and the value that
+    refuses it), ``resume`` ("free": may change between the stop and the resume of a run). The type is that of the
+    field's annotation.
     """
     return dataclasses.field(default=default, metadata={"help": help, **rules})
-
-
-def by_recipe(help: str, recipes: dict[str, Any], **rules: Any) -> Any:
-    """A field whose default is the one of ``recipes`` that the configuration's ``recipe`` names, or, where there is
-    one, its ``recipe`` and ``space``: "best, pixel"."""
-    kind = type(next(iter(recipes.values())))
-    return option(None, help, recipes=recipes, **{"kind": kind, **rules})
 
 
 def flag_of(field: dataclasses.Field) -> str:
@@ -36,8 +32,8 @@ def flag_of(field: dataclasses.Field) -> str:
 
 
 def kind_of(field: dataclasses.Field) -> type:
-    """int, float, str or bool."""
-    return field.metadata.get("kind") or type(field.default)
+    """int, float, str or bool: the one in the field's annotation, such as ``tuple[str, ...] | None``."""
+    return next(KINDS[word] for word in re.findall(r"\w+", str(field.type)) if word in KINDS)
 
 
 def check_value(field: dataclasses.Field, value: Any) -> Any:
@@ -66,12 +62,9 @@ def check_one(field: dataclasses.Field, value: Any) -> Any:
     if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
         raise ConfigError(f"{name} is a whole number, not {value!r}")
     if kind is float:
-        given, value = value, math.nan
-        if isinstance(given, (int, float)) and not isinstance(given, bool):
-            with contextlib.suppress(OverflowError):  # a whole number too large for a float
-                value = float(given)
+        text, value = repr(value), as_float(value)
         if not math.isfinite(value):
-            raise ConfigError(f"{name} is a finite number, not {given!r}")
+            raise ConfigError(f"{name} is a finite number, not {text}")
     if kind is str:
         if not isinstance(value, (str, int, Path)) or isinstance(value, bool) or str(value) == "":
             raise ConfigError(f"{name} is a text that is not empty, not {value!r}")
@@ -88,42 +81,56 @@ def check_one(field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
+def as_float(value: Any) -> float:
+    """A number as a float; what is none, or is too large for one, as NaN."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    return math.nan
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A group of settings that is checked when it is made; subclasses add the fields."""
 
     def __post_init__(self) -> None:
-        recipe = getattr(self, "recipe", None)
-        special = f"{recipe}, {getattr(self, 'space', None)}"  # where a space has a default of its own
+        defaults = self.defaults()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None and "recipes" in field.metadata:
-                recipes = field.metadata["recipes"]
-                value = recipes.get(special, recipes.get(recipe))  # a wrong recipe is refused as such below
+            value = defaults.get(field.name) if value is None else value
             object.__setattr__(self, field.name, check_value(field, value))
+
+    def defaults(self) -> dict[str, Any]:
+        """Defaults that go by another setting, of fields whose own default is None."""
+        return {}
+
+    @classmethod
+    def default_text(cls, field: dataclasses.Field) -> str:
+        """A field's default as ``--help`` adds it to the text; empty where the text says it, or there is no need."""
+        if field.default is None or kind_of(field) is bool:
+            return ""
+        return f"{field.default:g}" if kind_of(field) is float else str(field.default)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> Any:
-        """Builds from flag names (``T``, ``batch-size``) or field names. ConfigError on unknown names."""
-        return cls(**cls.by_field(values, source))
-
-    @classmethod
     def by_field(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
-        """The values, unchecked, by the names of the fields. ConfigError on unknown names."""
+        """The values, unchecked, of names of flags (``T``, ``batch-size``) or of fields, by the names of the fields.
+
+        Raises ConfigError on unknown names, with the source that has them.
+        """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         by_flag = {flag_of(field).replace("-", "_"): name for name, field in fields.items()}
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for key, value in values.items():
             name = key.replace("-", "_")
             name = name if name in fields else by_flag.get(name, "")
             if not name:
                 known = ", ".join(sorted(by_flag))
                 raise ConfigError(f"{source} has an unknown setting {key!r}; known are: {known}")
-            found[name] = value
-        return found
+            settings[name] = value
+        return settings
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What differs from a recorded run in the settings that a resume may not change."""

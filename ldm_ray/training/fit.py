@@ -18,7 +18,7 @@ from ldm_ray.checkpoints import checkpoint
 from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.examples import read_examples, split
 from ldm_ray.files.paths import AnyPath, Mirror, append_line, look_every, write_bytes
-from ldm_ray.settings.config import RunConfig
+from ldm_ray.settings.training import RunConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import Task, build_task
 

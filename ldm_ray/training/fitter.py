@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm_ray.devices.device import autocast, picked, sent, settle
 from ldm_ray.diffusion.ema import EMA
-from ldm_ray.settings.config import RunConfig
+from ldm_ray.settings.training import RunConfig
 from ldm_ray.training.tasks import Task
 
 VAL_BATCH = 2048

@@ -24,7 +24,8 @@ from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.models.unet import UNet
-from ldm_ray.settings.config import MAX_SEED, AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
 
 
 class Task(ABC):

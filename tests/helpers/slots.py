@@ -9,7 +9,7 @@ import torch
 
 from ldm_ray.engine.jobs import Job
 from ldm_ray.engine.slots import Slots
-from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.sampling import SamplingConfig
 
 
 class Waited:

@@ -132,7 +132,7 @@ import sys
 import ray
 from pathlib import Path
 from ldm_ray.checkpoints.checkpoint import load_autoencoder
-from ldm_ray.settings.config import AutoencoderConfig
+from ldm_ray.settings.training import AutoencoderConfig
 from ldm_ray.data.sources import load_source
 from ldm_ray.distributed import encode, fit, generate, pipeline
 from ldm_ray.distributed import trials as trial

@@ -99,7 +99,9 @@ def shapes(folder: Path) -> Path:
 def test_three_classes_of_another_size_from_folders_to_images(tmp_path: Path) -> None:
     folder, out = shapes(tmp_path / "shapes"), tmp_path / "out"
     common = ["--dataset", folder, "--outdir", out, "--device", "cpu"]
-    run("train_autoencoder", "--model", "conv", "--epochs", 2, "--latent-dim", 6, *common)
+    conv = ["--model", "conv", "--latent-dim", 6, *common]
+    run("train_autoencoder", *conv, "--epochs", 1)
+    assert "after epoch 1, step 0" in run("train_autoencoder", *conv, "--epochs", 2, "--auto-resume")
     flags = ["--epochs", 2, "--T", 20, "--generate-images", "--samples-per-epoch", 4, *common]
     assert "60 images of" in run("train", *flags)
     ckpt = only(out, "checkpoints/latent-diffusion-*/latest.pt")

@@ -16,7 +16,7 @@ from ldm_ray import compare
 from ldm_ray.checkpoints import checkpoint
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.engine.generator import Generator
-from ldm_ray.settings.config import TrainConfig
+from ldm_ray.settings.training import TrainConfig
 from tests.helpers.checkpoints import same_weights
 from tests.helpers.commands import only, run
 from tests.helpers.networks import busy_denoiser

@@ -17,7 +17,7 @@ from PIL import Image
 from ldm_ray.checkpoints import checkpoint
 from ldm_ray.search.pictures import schedule_of
 from ldm_ray.search.records import Records, SearchPaths, Trial
-from ldm_ray.settings.config import canonical
+from ldm_ray.settings.diffusion import canonical
 from tests.helpers.commands import SEARCH, below, finish, meanwhile, refusal, run, start, wait_for
 from tests.helpers.data import ROOT
 

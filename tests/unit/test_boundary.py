@@ -40,6 +40,19 @@ def test_the_mathematics_does_not_import_ray_and_writes_nothing(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_is_fast(tmp_path: Path) -> None:
+    """No command needs torch, Ray or pandas to say its flags."""
+    names = [f"ldm_ray.{file.stem}" for file in (ROOT / "ldm_ray").glob("*.py") if "PROG = " in file.read_text()]
+    assert len(names) == 9
+    shown = python(
+        f"import contextlib, importlib, sys\nfor name in {[*names, 'tune.search']!r}:\n"
+        "    with contextlib.suppress(SystemExit):\n        importlib.import_module(name).main(['--help'])\n"
+        "print({'torch', 'ray', 'pandas'} & set(sys.modules))",
+        tmp_path,
+    )
+    assert shown.count("usage: ") == 10 and shown.endswith("\nset()\n")
+
+
 def test_the_package_alone_imports_nothing_heavy(tmp_path: Path) -> None:
     shown = python("import ldm_ray, sys; print(ldm_ray.__version__, {'torch', 'ray'} & set(sys.modules))", tmp_path)
     assert shown.split()[1] == "set()" and shown[0].isdigit()

@@ -25,8 +25,8 @@ from ldm_ray.diffusion.samplers import plan_of
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.settings.config import SAMPLERS, SamplingConfig
 from ldm_ray.settings.errors import CheckpointError, LdmError
+from ldm_ray.settings.sampling import SAMPLERS, SamplingConfig
 
 HERE = Path("a.pt")
 

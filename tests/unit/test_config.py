@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,13 @@ from typing import Any
 import pytest
 
 from ldm_ray.files.paths import cache_dir, outdir
-from ldm_ray.settings.config import (
-    AutoencoderConfig,
-    InferConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from ldm_ray.service.schemas import GenerationRequest, Permalink
 from ldm_ray.settings.errors import ConfigError
-from ldm_ray.settings.options import Config, flag_of, kind_of
-from ldm_ray.terminal.cli import Parser, parse_config
+from ldm_ray.settings.limits import MAX_GUIDANCE, MAX_STEPS
+from ldm_ray.settings.options import Config, flag_of, kind_of, option
+from ldm_ray.settings.sampling import DEFAULT_STEPS, InferConfig, SamplingConfig
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.terminal.flags import Parser, parse_config
 
 CONFIGS: list[type[Config]] = [AutoencoderConfig, TrainConfig, InferConfig, SamplingConfig]
 FIELDS = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]
@@ -73,16 +72,69 @@ def test_flags_and_defaults_are_the_contract(config: type[Config], contract: dic
 def test_a_recipe_gives_what_is_not_said(config: type[Any], tmp_path: Path) -> None:
     best, classic = config(), config(recipe="classic")
     assert best.recipe == "best" and best.lr > classic.lr and classic.batch_size == 128
-    by_recipe = [field for field in dataclasses.fields(config) if "recipes" in field.metadata]
-    for field in by_recipe:
-        assert getattr(best, field.name) == field.metadata["recipes"]["best"]
-        assert getattr(classic, field.name) == field.metadata["recipes"]["classic"]
+    for name, row in config.recipe_table.items():
+        assert (getattr(best, name), getattr(classic, name)) == row[:2]
+    if config is TrainConfig:
+        for recipe, column in (("best", 2), ("classic", 3)):
+            pixels = config(recipe=recipe, space="pixel")
+            assert all(getattr(pixels, name) == row[column] for name, row in config.recipe_table.items())
     assert config(recipe="classic", lr=0.5).lr == config(lr=0.5).lr == 0.5
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"recipe": "classic", "epochs": 3}))
     read = parse(config, "--config", str(file), "--lr", "0.5")
     assert (read.epochs, read.lr, read.batch_size) == (3, 0.5, 128)
-    assert config.from_dict(classic.to_dict()) == classic
+    assert config(**classic.to_dict()) == classic
+
+
+@pytest.mark.parametrize("config", [TrainConfig, AutoencoderConfig])
+def test_every_setting_without_a_default_has_one_in_its_recipe(config: type[Any]) -> None:
+    """And only those: a setting has one home for its default."""
+    without = {f.name for f in dataclasses.fields(config) if f.default is None and "None" not in str(f.type)}
+    assert without == set(config.recipe_table)
+
+
+def test_a_recipe_is_the_page_of_the_docs() -> None:
+    """Each cell of the two tables of docs/experiments.md that is a plain value."""
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for config, heading in ((TrainConfig, "| `train` |"), (AutoencoderConfig, "| `train_autoencoder` |")):
+        lines = page[page.index(heading) :].split("\n\n")[0].splitlines()[2:]
+        rows = {cells[1].strip(): cells[2:4] for line in lines if (cells := line.split("|"))}
+        checked = 0
+        for flags, cells in rows.items():
+            names = [flag.strip("` -").replace("-", "_") for flag in flags.split(",")]
+            for cell, recipe in zip(cells, ("best", "classic"), strict=True):
+                made = config(recipe=recipe)
+                for name, text in zip(names, cell.split(","), strict=False):
+                    value = getattr(made, name, None)
+                    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+                        word = re.split(r"[:;]", text.strip())[0]
+                        assert word == str(value) or float(word) == value, (flags, cell)
+                        checked += 1
+        assert checked == {TrainConfig: 14, AutoencoderConfig: 4}[config]
+
+
+def test_flags_and_http_have_the_same_bounds() -> None:
+    rules = {field.name: field.metadata for field in dataclasses.fields(SamplingConfig)}
+    generation, permalink = GenerationRequest.model_json_schema(), Permalink.model_json_schema()
+    for schema, names in (
+        (generation, ("guidance_scale", "num_inference_steps", "sampler")),
+        (permalink, ("guidance", "steps", "sampler")),
+    ):
+        guidance, steps, sampler = (schema["properties"][name]["anyOf"][0] for name in names)
+        assert (guidance["minimum"], guidance["maximum"]) == (0, rules["guidance_scale"]["high"]) == (0, MAX_GUIDANCE)
+        assert (steps["minimum"], steps["maximum"]) == (rules["num_inference_steps"]["low"], MAX_STEPS) == (1, 1000)
+        assert tuple(sampler["enum"]) == rules["sampler"]["choices"] == tuple(DEFAULT_STEPS)
+    stated = dict(re.findall(r"(\w+): (\w+)", rules["num_inference_steps"]["help"]))
+    assert stated == {"dpmpp_2m_sde": "10", "unipc": "9", "dpmpp_2m": "8", "ddim": "20", "ddpm": "T"}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "kind"),
+    [("int", int), ("float | None", float), ("tuple[str, ...] | None", str), ("bool", bool), (int | None, int)],
+)
+def test_the_type_of_a_setting_is_that_of_its_annotation(annotation: Any, kind: type) -> None:
+    made = dataclasses.make_dataclass("Group", [("x", annotation, option(None, "help"))])
+    assert kind_of(dataclasses.fields(made)[0]) is kind
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -148,7 +200,7 @@ def test_a_beta_that_is_given_has_an_effect() -> None:
     assert TrainConfig(prediction_type="epsilon").beta_schedule == "linear"
     assert TrainConfig(prediction_type="sample").beta_schedule == "squaredcos_cap_v2"
     assert TrainConfig(beta_schedule="scaled_linear", beta_end=1e-2).beta_end == 1e-2
-    assert TrainConfig.from_dict(TrainConfig().to_dict()) == TrainConfig()
+    assert TrainConfig(**TrainConfig().to_dict()) == TrainConfig()
 
 
 def test_worker_range() -> None:
@@ -156,14 +208,17 @@ def test_worker_range() -> None:
     assert TrainConfig(num_workers="1-4").worker_range() == (1, 4)
 
 
-def test_from_dict_takes_flag_and_field_names() -> None:
-    by_flag = TrainConfig.from_dict({"T": 500, "batch-size": 64, "lr": 1})
-    assert by_flag == TrainConfig.from_dict({"num_train_timesteps": 500, "batch_size": 64, "lr": 1.0})
+def test_settings_go_by_the_names_of_flags_and_of_fields() -> None:
+    def named(settings: dict[str, Any]) -> TrainConfig:
+        return TrainConfig(**TrainConfig.by_field(settings, "f.json"))
+
+    by_flag = named({"T": 500, "batch-size": 64, "lr": 1})
+    assert by_flag == named({"num_train_timesteps": 500, "batch_size": 64, "lr": 1.0})
     assert by_flag == TrainConfig(num_train_timesteps=500, batch_size=64, lr=1.0) and isinstance(by_flag.lr, float)
-    assert TrainConfig.from_dict(by_flag.to_dict()) == by_flag
-    assert TrainConfig.from_dict(json.loads(json.dumps(by_flag.to_dict()))) == by_flag
+    assert named(by_flag.to_dict()) == by_flag
+    assert named(json.loads(json.dumps(by_flag.to_dict()))) == by_flag
     with pytest.raises(ConfigError, match=r"f\.json has an unknown setting 'learning_rate'; known are: .*batch_size"):
-        TrainConfig.from_dict({"learning_rate": 1}, "f.json")
+        named({"learning_rate": 1})
 
 
 def test_differences_name_what_a_resume_may_not_change() -> None:
@@ -176,6 +231,18 @@ def test_differences_name_what_a_resume_may_not_change() -> None:
         "--T 1000 then, 10 now",
     ]
     assert TrainConfig(lr=1e-3).differences({"seed": 42}) == []  # nothing recorded, nothing to compare
+
+
+def test_what_may_change_at_a_resume_is_the_same_for_every_training_command() -> None:
+    for field in dataclasses.fields(RunConfig):
+        rules = {
+            config: next(f for f in dataclasses.fields(config) if f.name == field.name).metadata.get("resume")
+            for config in (TrainConfig, AutoencoderConfig)
+        }
+        assert len(set(rules.values())) == 1, field.name
+    assert AutoencoderConfig(epochs=99).differences(AutoencoderConfig(epochs=2).to_dict()) == []
+    assert AutoencoderConfig(epochs=2).differences(AutoencoderConfig().to_dict()) == []
+    assert AutoencoderConfig(lr=1e-3).differences(AutoencoderConfig().to_dict()) == ["--lr 0.004 then, 0.001 now"]
 
 
 def test_settings_are_frozen() -> None:

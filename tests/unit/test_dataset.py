@@ -25,9 +25,9 @@ from ldm_ray.dataset.request import MANIFEST, write_manifest
 from ldm_ray.dataset.shards import Job, ShardMaker, committed
 from ldm_ray.engine.generator import Generator, fingerprint_of, load
 from ldm_ray.files.store import Store
-from ldm_ray.settings.config import SamplingConfig
 from ldm_ray.settings.datasets import GenerateConfig
 from ldm_ray.settings.errors import ConfigError, DataError, LdmError
+from ldm_ray.settings.sampling import SamplingConfig
 from tests.helpers.checkpoints import write_small_checkpoint
 
 SEEDS = "5-100,3,3,200-230"  # 129 images in 3 shards

@@ -27,9 +27,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from ldm_ray.devices import cuda
 from ldm_ray.search.space import SearchConfig
-from ldm_ray.settings.config import TrainConfig
 from ldm_ray.settings.datasets import GenerateConfig
-from ldm_ray.terminal import cli
+from ldm_ray.settings.training import TrainConfig
+from ldm_ray.terminal import flags
 from tests.helpers.data import ROOT
 
 LAUNCHED = ["cluster.yaml", "deploy/gcp.yaml", "deploy/local.yaml"]
@@ -75,7 +75,7 @@ def check_command(words: list[str]) -> None:
     else:
         assert words[1].endswith("tune/search.py")
         kind, rest = SearchConfig, words[2:]
-    cli.parse_config(kind, cli.Parser(prog="test"), rest)
+    flags.parse_config(kind, flags.Parser(prog="test"), rest)
 
 
 # --- ray up ---

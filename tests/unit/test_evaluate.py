@@ -24,9 +24,9 @@ from ldm_ray.metrics.floors import autoencoder_hash, chosen, reconstruct
 from ldm_ray.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.models.denoiser import Denoiser
-from ldm_ray.settings.config import SamplingConfig
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.evaluation import EvaluateConfig
+from ldm_ray.settings.sampling import SamplingConfig
 from tests.helpers.commands import refusal
 
 

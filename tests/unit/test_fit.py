@@ -18,7 +18,7 @@ from ldm_ray.checkpoints import checkpoint
 from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.examples import fixed_size, write_examples
 from ldm_ray.files.paths import append_line
-from ldm_ray.settings.config import TrainConfig
+from ldm_ray.settings.training import TrainConfig
 from ldm_ray.training import fit as module
 from ldm_ray.training.fit import Job, Place, fit
 from tests.helpers.checkpoints import same_weights

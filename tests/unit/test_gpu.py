@@ -22,7 +22,8 @@ from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.slots import Slots
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec, PixelCodec
-from ldm_ray.settings.config import AutoencoderConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_ray.settings.sampling import SamplingConfig
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 from tests.helpers.networks import busy_denoiser, busy_unet

@@ -10,11 +10,11 @@ import torch
 from ldm_ray.devices import cuda
 from ldm_ray.search.space import SearchConfig
 from ldm_ray.service.settings import Mistake, Settings
-from ldm_ray.settings.config import TrainConfig
 from ldm_ray.settings.datasets import GenerateConfig
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.gpu_share import fitting
 from ldm_ray.settings.options import Config
+from ldm_ray.settings.training import TrainConfig
 
 PROPRIETARY = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 22:50:36 UTC 2025\nGCC version: 12\n"

@@ -11,7 +11,7 @@ import pytest
 from ldm_ray import inspect
 from ldm_ray.checkpoints import checkpoint
 from ldm_ray.diffusion.schedule import NoiseSchedule
-from ldm_ray.settings.config import TrainConfig
+from ldm_ray.settings.training import TrainConfig
 from tests.helpers.checkpoints import write_pixels
 from tests.helpers.commands import refusal, run
 from tests.helpers.networks import busy_denoiser

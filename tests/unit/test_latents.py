@@ -24,9 +24,9 @@ from ldm_ray.latents.labels import GAP, GROUND, HEAD, LONGEST, labelled
 from ldm_ray.latents.paths import interpolate, plane, traverse
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec
-from ldm_ray.settings.config import SamplingConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.settings.latents import TsneConfig
+from ldm_ray.settings.sampling import SamplingConfig
 from tests.helpers.networks import busy_denoiser
 
 # --- paths ---

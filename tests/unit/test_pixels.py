@@ -21,8 +21,9 @@ from ldm_ray.engine.tiles import PIXEL_SIZES, SIZES, Tiles, within_room
 from ldm_ray.metrics.comparison import names_of
 from ldm_ray.models.codec import PixelCodec
 from ldm_ray.models.unet import UNet
-from ldm_ray.settings.config import SamplingConfig, TrainConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
+from ldm_ray.settings.sampling import SamplingConfig
+from ldm_ray.settings.training import TrainConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import build_task
 from tests.helpers.networks import busy_unet

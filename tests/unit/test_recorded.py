@@ -20,10 +20,10 @@ from ldm_ray.engine.generator import Generator
 from ldm_ray.latents.cloud import gather
 from ldm_ray.metrics.lenet import is_mnist
 from ldm_ray.metrics.picture import side_by_side
-from ldm_ray.settings.config import TrainConfig
 from ldm_ray.settings.errors import ConfigError, DataError
 from ldm_ray.settings.evaluation import CompareConfig
 from ldm_ray.settings.latents import TsneConfig
+from ldm_ray.settings.training import TrainConfig
 from tests.helpers.commands import call, refusal
 from tests.helpers.data import Shared
 from tests.helpers.networks import busy_denoiser

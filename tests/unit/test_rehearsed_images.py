@@ -34,7 +34,7 @@ from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.metrics.quality import Reference, quality
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec, PixelCodec
-from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.sampling import SamplingConfig
 from tests.helpers import commands
 from tests.helpers.checkpoints import write_small_checkpoint
 from tests.helpers.networks import busy_denoiser, busy_unet

@@ -16,7 +16,7 @@ from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.examples import fixed_size, write_examples
 from ldm_ray.diffusion.schedule import Noiser
 from ldm_ray.search import trial
-from ldm_ray.settings.config import AutoencoderConfig, RunConfig, TrainConfig
+from ldm_ray.settings.training import AutoencoderConfig, RunConfig, TrainConfig
 from ldm_ray.training import fitter as fitting
 from ldm_ray.training.fit import Job, Place, fit
 from ldm_ray.training.fitter import Fitter

@@ -19,14 +19,14 @@ import pytest
 from ldm_ray.checkpoints import checkpoint, runs
 from ldm_ray.files.hold import hold
 from ldm_ray.models import registry
-from ldm_ray.settings.config import AutoencoderConfig, TrainConfig
 from ldm_ray.settings.errors import CheckpointError, ConfigError
-from ldm_ray.terminal import cli
+from ldm_ray.settings.training import AutoencoderConfig, TrainConfig
+from ldm_ray.terminal import cli, flags
 from tests.helpers.commands import refusal, run
 
 
 def parse(*argv: str) -> TrainConfig:
-    return cli.parse_config(TrainConfig, cli.Parser(prog="test"), argv)
+    return flags.parse_config(TrainConfig, flags.Parser(prog="test"), argv)
 
 
 # --- run names ---

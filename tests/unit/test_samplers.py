@@ -17,8 +17,8 @@ from ldm_ray.diffusion.prediction import PREDICTION_TYPES, x0_weights
 from ldm_ray.diffusion.samplers import Plan, Step, ddim, ddpm, dpmpp_2m, half_log_snr, plan_of, sample, unipc
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
-from ldm_ray.settings.config import SPACINGS, SamplingConfig
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.sampling import SPACINGS, SamplingConfig
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(10, 0.01, 0.3), NoiseSchedule(2, 0.5, 0.5)]
 dpmpp_2m_sde = partial(dpmpp_2m, eta=1.0)

@@ -11,8 +11,9 @@ import pytest
 
 from ldm_ray.search.records import Records, best_config
 from ldm_ray.search.space import SearchConfig, parse_values, planned
-from ldm_ray.settings.config import TrainConfig, canonical
+from ldm_ray.settings.diffusion import canonical
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.training import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_a_grid_has_no_two_points_of_one_effect() -> None:
 def test_the_best_configuration_is_one_of_the_training_command(tmp_path: Path) -> None:
     config = SearchConfig(only_digit=7, seed=5).train_config(lr=3e-3, beta_schedule="scaled_linear", epochs=20)
     kept = best_config(config, {"lr": 3e-3, "beta_schedule": "scaled_linear"})
-    assert TrainConfig.from_dict(json.loads(json.dumps(kept))) == config
+    assert TrainConfig(**json.loads(json.dumps(kept))) == config
     assert "amp" not in kept and kept["epochs"] == 20
 
 

@@ -14,8 +14,9 @@ from ldm_ray.engine.board import Image
 from ldm_ray.engine.generator import Generator
 from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.slots import Closed, Slots, choose
-from ldm_ray.settings.config import MAX_SEED, SamplingConfig
 from ldm_ray.settings.errors import ConfigError
+from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.sampling import SamplingConfig
 from tests.helpers.slots import Waited
 
 LONG = SamplingConfig(sampler="ddpm", guidance_scale=1.0)  # 1000 steps
@@ -164,13 +165,17 @@ def test_numbers_that_are_not_finite_fail_one_image_alone(generator: Generator, 
     assert not job.images[1].any() and job.images[0].any() and job.images[2].any()
 
 
-def test_a_job_alone_goes_from_noise_to_images_in_one_round(generator: Generator, slots: Slots) -> None:
+def test_a_job_alone_goes_from_noise_to_images_in_one_round(
+    generator: Generator, slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though only its last steps are guided."""
     sampling = SamplingConfig(num_inference_steps=8, guidance_scale=2.0, guidance_start=0.7)
     guided = sum(step.guided for step in slots.plan(sampling))
     assert 0 < guided < 8
+    legs, leg = [], slots.board.leg
+    monkeypatch.setattr(slots.board, "leg", lambda tile: legs.append(tile) or leg(tile))  # type: ignore[func-returns-value]
     job = Waited(slots, 5, sampling).wait()
-    assert slots.figures.rounds == 1 and slots.figures.work == 5 * (8 + guided) == job.work
+    assert len(legs) == 1 and slots.figures.work == 5 * (8 + guided) == job.work
     assert torch.equal(job.images, generator(range(5), range(5), sampling)[:, 0])
 
 

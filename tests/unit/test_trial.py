@@ -18,8 +18,8 @@ from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.search import trial
 from ldm_ray.search.objective import ClassFrechet
-from ldm_ray.settings.config import TrainConfig
 from ldm_ray.settings.errors import DataError
+from ldm_ray.settings.training import TrainConfig
 from ldm_ray.training.fit import Job, Place, fit
 from ldm_ray.training.fitter import lr_factor
 

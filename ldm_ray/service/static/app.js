@@ -62,6 +62,7 @@ async function modelChanged() {
   $("sampler").replaceChildren(...told.limits.samplers.map((name) => new Option(name, name)));
   $("sampler").value = told.limits.samplers.includes(before) ? before : told.defaults.sampler;
   if (!before) showGuidance(told.defaults.guidance_scale);
+  $("n").max = told.limits.n;
   $("steps").max = told.limits.num_inference_steps;
   classButtons(told);
   samplerChanged();

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from ldm_ray.engine.generator import Generator
-from ldm_ray.settings.config import SamplingConfig
+from ldm_ray.settings.sampling import SamplingConfig
 from tests.helpers.service import POST, TOKEN, Server
 
 

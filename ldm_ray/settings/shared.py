@@ -1,0 +1,19 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldm_ray.settings.options import option
+
+DEVICES = ("cuda", "mps", "cpu")
+DATASET_HELP = (
+    "hub id (ylecun/mnist), folder of Parquet files or of PNGs by class, 'digits' (embedded, no network) or 'auto': "
+    "the hub's MNIST, or the embedded digits where the hub cannot be reached"
+)
+CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
+
+
+def device_option(default: str = "the best there is", **rules: Any) -> Any:
+    """A field with the type of device. default: what is taken where none is named, in words."""
+    return option(None, f"cuda, mps or cpu [{default}]", choices=DEVICES, **rules)
