@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ldm_ray.checkpoints.runs import RunPaths, examples_dir, floors_file
+from ldm_ray.search.records import SearchPaths
+
 ROOT = Path(__file__).parents[2]
 DESIGN = ROOT / "docs" / "design.md"
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -43,6 +46,19 @@ def test_the_table_of_files_is_complete() -> None:
 def test_the_readme_names_every_room() -> None:
     rooms = [f"ldm_ray/{path.name}/" for path in (ROOT / "ldm_ray").iterdir() if (path / "__init__.py").is_file()]
     assert [room for room in sorted(rooms) if f"`{room}`" not in (ROOT / "README.md").read_text()] == []
+
+
+def test_formats_has_every_file_of_the_output_folder() -> None:
+    run, search = RunPaths(Path("/out"), "NAME"), SearchPaths(Path("/out/tune/SEARCH"))
+    files = [getattr(paths, name) for paths in (run, search) for name in properties(type(paths))]
+    files += [run.checkpoint(1), run.sample(1), floors_file(run.outdir, "FINGERPRINT"), examples_dir(run.outdir, "")]
+    text = (ROOT / "docs" / "formats.md").read_text()
+    missing = [str(file) for file in files if not re.search(rf"[`/]{re.escape(file.name)}[`/]", text)]
+    assert missing == []
+
+
+def properties(kind: type) -> list[str]:
+    return [name for name, value in vars(kind).items() if isinstance(value, property)]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
