@@ -98,12 +98,12 @@ class Store:
         """Bytes of every file in a folder by its name under the root (folders: −1); empty when it is not there."""
         selector = fs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         try:
-            found = self.fs.get_file_info(selector)
+            files = self.fs.get_file_info(selector)
         except OSError as error:
             raise DataError(f"{self} cannot be read: {first_line(error)}") from None
         return {
             info.path[len(self.root) :].lstrip("/"): info.size if info.type == fs.FileType.File else -1
-            for info in found
+            for info in files
         }
 
     def clean(self) -> None:

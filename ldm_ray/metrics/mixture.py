@@ -44,11 +44,11 @@ class Mixture:
         which = torch.multinomial(self.weights, count, replacement=True, generator=random)
         noise = torch.randn(count, self.means.shape[1], generator=random, dtype=torch.float64)
         scaled = noise * self.values[which].sqrt()
-        made = torch.empty_like(scaled)
+        drawn = torch.empty_like(scaled)
         for k in which.unique().tolist():
             rows = which == k
-            made[rows] = self.means[k] + scaled[rows] @ self.vectors[k].mT
-        return made.float()
+            drawn[rows] = self.means[k] + scaled[rows] @ self.vectors[k].mT
+        return drawn.float()
 
 
 def fit(rows: Tensor, components: int, seed: int, step: Callable[[], None] = lambda: None) -> Mixture:
