@@ -102,7 +102,7 @@ def best(value: Any) -> dict[str, Any]:
 
 
 DIGIT = whole(0, MAX_CLASSES - 1)
-# What is None is as good as missing, everywhere.
+# A value of None counts as missing, everywhere.
 TOP: dict[str, Check] = {
     "epoch": number(0, MAX_COUNT),
     "global_step": number(0, MAX_COUNT),

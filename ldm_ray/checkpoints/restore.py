@@ -1,5 +1,7 @@
-"""From the dictionaries of a checkpoint file to what they hold: autoencoder, schedule, denoiser. Each raises
-CheckpointError in one line; what is in a file is believed in nothing."""
+"""Builds autoencoder, schedule and denoiser from the dictionaries of a checkpoint file.
+
+The file is not trusted: everything is checked before it is used. Each function raises CheckpointError in one line.
+"""
 
 from __future__ import annotations
 

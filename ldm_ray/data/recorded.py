@@ -1,4 +1,4 @@
-"""Which images a checkpoint was trained on, and reading those, or others with a word about it."""
+"""Which images a checkpoint was trained on; reading those, or others with a note that says so."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ REMOTE_S = 3.0
 class RemotePath:
     """A name in a store that pyarrow opens: s3://, gs://, abfs:// and others; a query of the URI stays with it.
 
-    There are no folders, only names that begin alike; a file is there with all of its bytes or not at all.
+    There are no folders, only names that begin alike. A file appears with all of its bytes or not at all.
     Credentials are those of the environment. Raises ConfigError when pyarrow does not know the URI; later
     FileNotFoundError where pathlib does, and DataError on whatever else the store refuses.
     """
@@ -94,7 +94,7 @@ class RemotePath:
         return self
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there with its first file. FileExistsError as of a folder."""
+        """Does nothing: a folder appears with its first file. FileExistsError as for a folder."""
         if not exist_ok and self.store.sizes(self.key):
             raise FileExistsError(f"{self} is there already")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MOST_STEPS, TOLERANCE = 200, 1e-3  # the fit ends where a step gains less in the mean log likelihood
-START_ROWS = 10_000  # k-means, which a fit starts from, goes by so many of the rows
+START_ROWS = 10_000  # of the rows, for the k-means that a fit starts from
 SMALLEST = 1e-4  # variance of a component in any direction
 BLOCK = 2**24  # numbers of expanded rows at a time
 

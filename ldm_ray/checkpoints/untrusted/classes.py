@@ -51,7 +51,7 @@ class Dtype:
         return f"numpy.{self.code}"
 
     def numpy(self) -> np.dtype[Any] | None:
-        """None for what is no number of ordinary size."""
+        """None unless it is a number of ordinary size."""
         if not NUMPY_CODES.fullmatch(self.code):
             return None
         return np.dtype(self.code).newbyteorder("=" if self.order == "|" else self.order)  # type: ignore[arg-type]
