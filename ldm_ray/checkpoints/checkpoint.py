@@ -107,9 +107,9 @@ def opened(path: AnyPath, whole: bool = False) -> Iterator[tuple[dict[str, Any],
 
     whole: the training state is wanted too. CheckpointError in one line.
     """
-    with safe_load.opened(path, whole) as found:
+    with safe_load.opened(path, whole) as stored:
         with naming(path):
-            content = record.checked(unwrapped(found))
+            content = record.checked(unwrapped(stored))
         yield content, content.get("kind") or kind_of(content["model"])
 
 
@@ -124,8 +124,8 @@ def read(path: AnyPath) -> tuple[dict[str, Any], str]:
 
 def glance(path: AnyPath) -> tuple[dict[str, Any], str]:
     """As ``opened``, for what is beside the tensors."""
-    with opened(path) as found:
-        return found
+    with opened(path) as content:
+        return content
 
 
 def autoencoder_type(path: AnyPath) -> tuple[str, int | None]:
@@ -135,8 +135,8 @@ def autoencoder_type(path: AnyPath) -> tuple[str, int | None]:
     if kind != "autoencoder":
         return "", None
     with naming(path):
-        found, _ = detect(named(content["model"], "autoencoder"), content["args"])
-    return found, content["args"].get("only_digit")
+        name, _ = detect(named(content["model"], "autoencoder"), content["args"])
+    return name, content["args"].get("only_digit")
 
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:
@@ -191,18 +191,18 @@ def load_diffusion(path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = 
             f"checkpoint {path}: 'args.only_digit' is {args['only_digit']}, of {denoiser.num_classes} classes"
         )
     if ae_ckpt is not None:
-        given, recorded = load_autoencoder(ae_ckpt), autoencoder
-        if recorded is not None and recorded.sha256 != given.sha256 and not force:
+        other, recorded = load_autoencoder(ae_ckpt), autoencoder
+        if recorded is not None and recorded.sha256 != other.sha256 and not force:
             raise CheckpointError(
-                f"--ae-ckpt {ae_ckpt} has SHA-256 {given.sha256}, but {path} was trained with {recorded.sha256}: "
+                f"--ae-ckpt {ae_ckpt} has SHA-256 {other.sha256}, but {path} was trained with {recorded.sha256}: "
                 "leave --ae-ckpt out to use the one inside, or add --force"
             )
         if recorded is not None:
-            given.codec = given.codec.with_statistics(recorded.codec.statistics)
-        said = str(args.get("ae_model") or given.codec.kind).removeprefix("ae-")
-        if said != given.codec.kind and not force:
-            raise CheckpointError(f"--ae-ckpt {ae_ckpt} is of type {given.codec.kind}, but {path} needs {shown(said)}")
-        autoencoder = given
+            other.codec = other.codec.with_statistics(recorded.codec.statistics)
+        said = str(args.get("ae_model") or other.codec.kind).removeprefix("ae-")
+        if said != other.codec.kind and not force:
+            raise CheckpointError(f"--ae-ckpt {ae_ckpt} is of type {other.codec.kind}, but {path} needs {shown(said)}")
+        autoencoder = other
     codec: Codec | None = autoencoder.codec if autoencoder else None
     if isinstance(denoiser, UNet):
         codec, autoencoder = PixelCodec(denoiser.image_size), None

@@ -102,7 +102,7 @@ def best(value: Any) -> dict[str, Any]:
 
 
 DIGIT = whole(0, MAX_CLASSES - 1)
-# What is None is as good as missing, everywhere.
+# A value of None counts as missing, everywhere.
 TOP: dict[str, Check] = {
     "epoch": number(0, MAX_COUNT),
     "global_step": number(0, MAX_COUNT),
@@ -157,32 +157,32 @@ LOOSE = ("config", "data", "versions", "quality")  # words that other trainers u
 def checked(content: dict[str, Any]) -> dict[str, Any]:
     """The content with everything but weights and training state as plain data that was checked; ``args``,
     ``schedule``, ``config``, ``data`` and ``versions`` are dictionaries. CheckpointError without the file's name."""
-    plain, made = Plain(), dict(content)
-    if made.get("args") is None and made.get("format_version") is None:
-        groups = [made[key] for key in HYPER if isinstance(made.get(key), dict)]
-        made["args"] = {key: group[key] for group in groups[:1] for key in ARGS if key in group and key != "model"}
+    plain, metadata = Plain(), dict(content)
+    if metadata.get("args") is None and metadata.get("format_version") is None:
+        groups = [metadata[key] for key in HYPER if isinstance(metadata.get(key), dict)]
+        metadata["args"] = {key: group[key] for group in groups[:1] for key in ARGS if key in group and key != "model"}
     for key in LOOSE:
-        if made.get("format_version") is None and not isinstance(made.get(key), dict):
-            made.pop(key, None)
+        if metadata.get("format_version") is None and not isinstance(metadata.get(key), dict):
+            metadata.pop(key, None)
     for key in (*TOP, *GROUPS, "quality", "kind", "format_version"):
-        if key in made:
-            made[key] = plain(made[key])
-    check_version(made.get("format_version"), made.get("versions"))
+        if key in metadata:
+            metadata[key] = plain(metadata[key])
+    check_version(metadata.get("format_version"), metadata.get("versions"))
     for key, checks in GROUPS.items():
-        value = made.get(key) or {}
+        value = metadata.get(key) or {}
         if not isinstance(value, dict):
             what = str(value) if isinstance(value, Unread) else f"a {type(value).__name__}"
             raise CheckpointError(f"{key!r} is {what}, not a dictionary")
-        made[key] = value
+        metadata[key] = value
         apply(value, checks, key)
-    apply(made, TOP, "")
-    if made.get("kind") not in (None, *KINDS):
-        raise CheckpointError(f"is of kind {quoted(made['kind'], 40)}; known are {', '.join(KINDS)}")
+    apply(metadata, TOP, "")
+    if metadata.get("kind") not in (None, *KINDS):
+        raise CheckpointError(f"is of kind {quoted(metadata['kind'], 40)}; known are {', '.join(KINDS)}")
     embedded = content.get("autoencoder")
     if isinstance(embedded, dict):
-        made["autoencoder"] = dict(embedded) | {key: plain(embedded[key]) for key in EMBEDDED if key in embedded}
-        apply(made["autoencoder"], EMBEDDED, "autoencoder")
-    return made
+        metadata["autoencoder"] = dict(embedded) | {key: plain(embedded[key]) for key in EMBEDDED if key in embedded}
+        apply(metadata["autoencoder"], EMBEDDED, "autoencoder")
+    return metadata
 
 
 def apply(values: dict[str, Any], checks: dict[str, Check], group: str) -> None:

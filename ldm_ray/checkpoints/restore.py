@@ -1,5 +1,7 @@
-"""From the dictionaries of a checkpoint file to what they hold: autoencoder, schedule, denoiser. Each raises
-CheckpointError in one line; what is in a file is believed in nothing."""
+"""Builds autoencoder, schedule and denoiser from the dictionaries of a checkpoint file.
+
+The file is not trusted: everything is checked before it is used. Each function raises CheckpointError in one line.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def denoiser_of(content: dict[str, Any], pixels: bool, timesteps: int, path: Any
             check_denoiser(named(weights, "denoiser"), pixels, timesteps)
             state = state_dict_of(weights, "denoiser")
             size = image_size_of(content.get("image_size"))
-            found = UNet.from_state(state, size) if pixels else Denoiser.from_state(state)
+            denoiser = UNet.from_state(state, size) if pixels else Denoiser.from_state(state)
         except ConfigError as error:
             raise CheckpointError(f"is too large: {error}") from None
         except (AttributeError, KeyError, RuntimeError) as error:
@@ -64,7 +66,7 @@ def denoiser_of(content: dict[str, Any], pixels: bool, timesteps: int, path: Any
             raise
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"the weights are not the denoiser's: {one_line(error)}") from None
-    return found.eval().requires_grad_(False)
+    return denoiser.eval().requires_grad_(False)
 
 
 def one_line(error: Exception) -> str:

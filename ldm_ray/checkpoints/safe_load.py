@@ -42,7 +42,7 @@ def naming(path: AnyPath) -> Iterator[None]:
 def opened(path: AnyPath, whole: bool = False) -> Iterator[dict[str, Any]]:
     """The dictionary in a file of weights, whose tensors are ``Stored`` and can be read until this closes.
 
-    whole: all of them are to be read, and not only those that are sampled with. Raises CheckpointError in one line:
+    whole: read all of them, and not only those that are sampled with. Raises CheckpointError in one line:
     missing, empty, truncated, of another kind (named), too large, holding a class that is not on the list (named).
     """
     size = size_of(path)
@@ -62,9 +62,9 @@ def opened(path: AnyPath, whole: bool = False) -> Iterator[dict[str, Any]]:
 def size_of(path: AnyPath) -> int:
     """Bytes of a file that can be a checkpoint."""
     try:
-        told: Any = path.stat()
-        if isinstance(path, Path) and not stat.S_ISREG(told.st_mode):
-            what = "a folder; name a .pt file in it" if stat.S_ISDIR(told.st_mode) else "no regular file"
+        status: Any = path.stat()
+        if isinstance(path, Path) and not stat.S_ISREG(status.st_mode):
+            what = "a folder; name a .pt file in it" if stat.S_ISDIR(status.st_mode) else "no regular file"
             raise CheckpointError(f"checkpoint {path} is {what}")
         if not isinstance(path, Path) and path.is_dir():
             raise CheckpointError(f"checkpoint {path} is a folder; name a .pt file in it")
@@ -77,12 +77,13 @@ def size_of(path: AnyPath) -> int:
     except (OSError, ValueError) as error:  # a loop of links, a name that cannot be
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"checkpoint {shown(str(path), 500)} cannot be read: {reason}") from None
-    if told.st_size == 0:
+    size = int(status.st_size)
+    if size == 0:
         raise CheckpointError(f"checkpoint {path} is empty")
     most = MAX_FILE if isinstance(path, Path) else MAX_REMOTE
-    if told.st_size > most:
-        raise CheckpointError(f"checkpoint {path} has {told.st_size / 1e6:,.0f} MB; at most {most / 1e6:,.0f} are read")
-    return told.st_size
+    if size > most:
+        raise CheckpointError(f"checkpoint {path} has {size / 1e6:,.0f} MB; at most {most / 1e6:,.0f} are read")
+    return size
 
 
 def contents(source: Source, path: AnyPath) -> dict[str, Any]:
@@ -131,8 +132,8 @@ def with_tensors(value: Any) -> Any:
         elif isinstance(value, Unread):
             return str(value)
         elif isinstance(value, dict):
-            made: dict[Any, Any] = known.setdefault(id(value), {})
-            made.update({key: read(item, depth + 1) for key, item in value.items()})
+            entries: dict[Any, Any] = known.setdefault(id(value), {})
+            entries.update({key: read(item, depth + 1) for key, item in value.items()})
         else:
             items = [read(item, depth + 1) for item in value]
             known[id(value)] = items if isinstance(value, list) else tuple(items)
@@ -171,9 +172,9 @@ class Plain:
         return self.text(str(value)) if depth else Unread(str(value))
 
     def text(self, value: str) -> str:
-        made = shown(value, MAX_TEXT)
-        self.count(len(made))
-        return made
+        text = shown(value, MAX_TEXT)
+        self.count(len(text))
+        return text
 
     def count(self, size: int) -> None:
         self.texts += size

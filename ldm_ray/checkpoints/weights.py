@@ -32,24 +32,24 @@ def unwrapped(content: dict[str, Any]) -> dict[str, Any]:
 
     CheckpointError without the file's name, with the keys that are there, where there are none.
     """
-    made = {key: value for key, value in content.items() if key not in AVERAGED}
-    averaged = next((found for key in AVERAGED if (found := weights_under(content.get(key))) is not None), None)
+    plain = {key: value for key, value in content.items() if key not in AVERAGED}
+    averaged = next((state for key in AVERAGED if (state := weights_under(content.get(key))) is not None), None)
     if averaged is not None:
-        made["ema"] = averaged
+        plain["ema"] = averaged
     elif isinstance(content.get("ema"), (list, tuple, str, Stored)):
         raise CheckpointError(f"has no denoiser weights as 'ema', but {quoted(content['ema'])}")
     elif isinstance(content.get("ema"), dict) and content["ema"]:
         log.warning("WARNING: averaged weights without names are passed over; 'ema' holds %s", listed(content["ema"]))
     if isinstance(content.get("model"), dict) and not content["model"]:
-        return made  # the message of an empty one is that of its kind
-    found = next((found for key in WRAPPERS if (found := weights_under(content.get(key))) is not None), None)
-    if found is None and any(is_anchor(name) for name in content):
-        found = {key: value for key, value in content.items() if isinstance(value, (Stored, Tensor))}
-        made = {key: value for key, value in made.items() if key not in found}
-    if found is None and averaged is None:
+        return plain  # the message of an empty one is that of its kind
+    weights = next((state for key in WRAPPERS if (state := weights_under(content.get(key))) is not None), None)
+    if weights is None and any(is_anchor(name) for name in content):
+        weights = {key: value for key, value in content.items() if isinstance(value, (Stored, Tensor))}
+        plain = {key: value for key, value in plain.items() if key not in weights}
+    if weights is None and averaged is None:
         raise Foreign(f"has no 'model' weights; it holds {listed(list(content), 8)}")
-    made["model"] = found if found is not None else averaged
-    return made
+    plain["model"] = averaged if weights is None else weights
+    return plain
 
 
 def weights_under(value: Any, depth: int = 0) -> State | None:
@@ -58,7 +58,7 @@ def weights_under(value: Any, depth: int = 0) -> State | None:
         return None
     if any(isinstance(item, (Stored, Tensor, Unread)) and not is_counter(item) for item in value.values()):
         return value
-    return next((found for key in WRAPPERS if (found := weights_under(value.get(key), depth + 1)) is not None), None)
+    return next((state for key in WRAPPERS if (state := weights_under(value.get(key), depth + 1)) is not None), None)
 
 
 def anchors() -> tuple[str, ...]:
@@ -131,12 +131,12 @@ def state_dict_of(value: Any, what: str) -> dict[str, Tensor]:
     size = sum(4 * math.prod(tensor.shape) for tensor in state.values())
     if size > MAX_BYTES:
         raise CheckpointError(f"has {size / 1e6:,.0f} MB of {what} weights; at most {MAX_BYTES / 1e6:,.0f} are read")
-    made: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        made[name] = (tensor.read() if isinstance(tensor, Stored) else tensor).float()
-        if not bool(torch.isfinite(made[name]).all()):
+        plain[name] = (tensor.read() if isinstance(tensor, Stored) else tensor).float()
+        if not bool(torch.isfinite(plain[name]).all()):
             raise CheckpointError(f"{what} entry {quoted(name)} holds NaN or infinite numbers, or ones beyond float32")
-    return made
+    return plain
 
 
 def check(name: str, tensor: Any, what: str) -> None:

@@ -30,8 +30,8 @@ def usable_names(value: Any) -> tuple[str, ...] | None:
 def names_in(info: dict[str, Any], count: int) -> tuple[str, ...]:
     """The class names of a checkpoint from its ``data`` record; their numbers where it has no usable ones."""
     data = info.get("data")
-    found = usable_names(data.get("class_names")) if isinstance(data, dict) else None
-    return found if found is not None and len(found) == count else numbered(count)
+    names = usable_names(data.get("class_names")) if isinstance(data, dict) else None
+    return names if names is not None and len(names) == count else numbered(count)
 
 
 def labels_in(info: dict[str, Any], count: int) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ def class_of(text: str, names: Sequence[str]) -> int:
     digit = str(WORDS.index(wanted.lower())) if wanted.lower() in WORDS else ""
     if digit in names:
         return list(names).index(digit)
-    raise ConfigError(f"{wanted[:MAX_NAME]!r} is no class of the model; its classes are {told(names)}")
+    raise ConfigError(f"{wanted[:MAX_NAME]!r} is no class of the model; its classes are {listing(names)}")
 
 
 def classes_of(text: str, names: Sequence[str]) -> list[int]:
@@ -81,7 +81,7 @@ def class_in(prompt: str, names: Sequence[str]) -> int:
     try:
         return class_of(fewer[0] if len(fewer) == 1 else prompt, names)
     except ConfigError:
-        known = 'one digit, such as "7" or "seven"' if tuple(names) == numbered(10) else f"one class: {told(names)}"
+        known = 'one digit, such as "7" or "seven"' if tuple(names) == numbered(10) else f"one class: {listing(names)}"
         raise ConfigError(f"a prompt names {known}") from None
 
 
@@ -89,7 +89,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.casefold())
 
 
-def told(names: Sequence[str], most: int = 12) -> str:
+def listing(names: Sequence[str], most: int = 12) -> str:
     """The names in a line: ``0 to 9``, or a list that ends in … where it is long."""
     if len(names) > 1 and tuple(names) == numbered(len(names)):
         return f"0 to {len(names) - 1}"

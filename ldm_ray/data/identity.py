@@ -1,4 +1,4 @@
-"""Which images a run was trained on: what is recorded of them, and whether others are the same."""
+"""Which images a run was trained on: the record of them, and whether other images are the same."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def record_of(source: ImageSource, autoencoder_sha256: str | None) -> dict[str, 
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What makes the data of an earlier run, as recorded, others than these. The same images from another place are
-    the same data."""
+    """How these data differ from those recorded by an earlier run. The same images from another place are the same
+    data."""
     same = any(before.get(key) == now[key] for key in ("content", "revision"))
     passed = {"content", "without_images"} | ({"dataset", "revision"} if same else set())
     return [

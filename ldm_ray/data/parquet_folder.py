@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from ldm_ray.data.classes import told, usable_names
+from ldm_ray.data.classes import listing, usable_names
 from ldm_ray.data.metadata import METADATA
 from ldm_ray.data.walk import files_below
 from ldm_ray.settings.errors import DataError
@@ -116,8 +116,8 @@ def one_order(folder: Path, files: Sequence[Path]) -> tuple[str, ...] | None:
             names = names_of(pq.read_schema(file))
         if names is not None and first is not None and names != first[1]:
             raise DataError(
-                f"--dataset {folder}: {first[0].name} has the classes {told(first[1])}, {file.name} {told(names)}: "
-                "a label is a position in them, so write both with the same ClassLabel"
+                f"--dataset {folder}: {first[0].name} has the classes {listing(first[1])}, "
+                f"{file.name} {listing(names)}: a label is a position in them, so write both with the same ClassLabel"
             )
         first = first or (names and (file, names)) or None
     return first[1] if first else None

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from ldm_ray.data import image_folder, parquet_folder
-from ldm_ray.data.classes import numbered, told, usable_names
+from ldm_ray.data.classes import listing, numbered, usable_names
 from ldm_ray.data.digits import digits_table
 from ldm_ray.data.images import decode_png
 from ldm_ray.data.walk import files_below
@@ -69,15 +69,15 @@ def load_source(dataset: str, split: str, cache_dir: Path, only_digit: int | Non
     Raises DataError: unreachable hub, empty folder, missing columns, labels out of range, no image of the
     digit, a first image of another mode.
     """
-    name, found = resolve(dataset, split, cache_dir)
-    table = checked(found.table, f"{name} ({split})", found.class_names)
-    names = found.class_names or numbered(pc.max(table["label"]).as_py() + 1)
+    name, images = resolve(dataset, split, cache_dir)
+    table = checked(images.table, f"{name} ({split})", images.class_names)
+    names = images.class_names or numbered(pc.max(table["label"]).as_py() + 1)
     present = set(table["label"].unique().to_pylist())
     absent = tuple(label for label in range(len(names)) if label not in present)
     if absent and only_digit is None:
         log.warning(
             "WARNING: %s (%s) has no image of %d of its %d classes: %s.",
-            name, split, len(absent), len(names), told([names[label] for label in absent]),
+            name, split, len(absent), len(names), listing([names[label] for label in absent]),
         )  # fmt: skip
     table = table.append_column("index", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     if only_digit is not None:
@@ -89,7 +89,7 @@ def load_source(dataset: str, split: str, cache_dir: Path, only_digit: int | Non
     return ImageSource(
         table=table.combine_chunks(),
         name=name,
-        revision=found.revision,
+        revision=images.revision,
         split=split,
         only_digit=only_digit,
         image_size=(first.shape[0], first.shape[1]),

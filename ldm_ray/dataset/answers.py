@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint
-from ldm_ray.data.classes import class_of, numbered, told
+from ldm_ray.data.classes import class_of, listing, numbered
 from ldm_ray.data.images import encode_pngs
 from ldm_ray.dataset.shards import BATCH
 from ldm_ray.devices.device import pick_device
@@ -163,7 +163,7 @@ def labels_of(body: dict[str, Any], count: int, names: Sequence[str]) -> tuple[i
     try:
         return (class_of(prompt if isinstance(prompt, str) else "", names),) * count
     except ConfigError:
-        classes = 'a digit, such as 7 or "seven"' if tuple(names) == numbered(10) else f"a class: {told(names)}"
+        classes = 'a digit, such as 7 or "seven"' if tuple(names) == numbered(10) else f"a class: {listing(names)}"
         raise Refused(f"class_label or prompt names {classes}; given was {prompt!r:.60}", "prompt") from None
 
 

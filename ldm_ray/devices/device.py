@@ -15,15 +15,15 @@ from ldm_ray.settings.errors import ConfigError
 CUBLAS_WORKSPACE = ":4096:8"  # of the two with which cuBLAS sums in one order, the faster
 
 
-def pick_device(given: str | None) -> torch.device:
-    """The given device, or the best there is. ConfigError when the given one is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if given is None:
-        return torch.device(next(name for name, available in there.items() if available))
-    if not there.get(given, False):
-        have = ", ".join(name for name, available in there.items() if available)
-        raise ConfigError(f"--device {given} is not available here; available: {have}")
-    return torch.device(given)
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the best one here. ConfigError when the named one is not available."""
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(each for each, available in devices.items() if available))
+    if not devices.get(name, False):
+        have = ", ".join(each for each, available in devices.items() if available)
+        raise ConfigError(f"--device {name} is not available here; available: {have}")
+    return torch.device(name)
 
 
 def cpu_threads(cores: int) -> int:

@@ -1,8 +1,8 @@
 """Noise per image: a counter-based generator, so that no image's noise depends on another's.
 
 Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised over images
-and steps: the words of ``numpy.random.Philox(key=seed)``, of which step s takes those from s·W on, W = 8 for
-16 numbers. Integers are the same on every device. B batch, D latent, S steps.
+and steps. A seed's words are those of ``numpy.random.Philox(key=seed)``; step s begins at word s·W, where W is 8
+for 16 numbers. The words are the same on every device. B batch, D latent, S steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def philox(seeds: Tensor, blocks: Tensor) -> Tensor:
     """
     device = seeds.device
     multipliers, key_steps = (
-        # filled in on the device: nobody waits for a copy
+        # made on the device, so that nobody waits for a copy
         torch.stack([torch.full((1, 1), signed(word), device=device) for word in pair])
         for pair in (MULTIPLIERS, KEY_STEPS)
     )
@@ -59,8 +59,8 @@ def signed(word: int) -> int:
 def words(seeds: Tensor, first: int, count: int) -> Tensor:
     """(B, 4·count) int64: words of ``count`` blocks from block ``first`` on of each seed's stream.
 
-    On a CPU by numpy's generator, which is written in C. One is set to each seed in turn: a new one for each would cost
-    six times as much.
+    On a CPU numpy's generator makes them, in C. It is one generator that is set to each seed in turn: a new one for
+    each seed would cost six times as much.
     """
     if seeds.device.type != "cpu":
         return philox(seeds, torch.arange(first, first + count, device=seeds.device)).flatten(1)
@@ -91,9 +91,9 @@ def gaussian(seeds: Tensor, step: int, dim: int, steps: int = 1) -> Tensor:
 
 
 class ImageNoise:
-    """noise(i) → (B, D) float32 of step i for the images of some seeds; step 0 is what sampling starts from.
+    """``noise(i)`` → (B, D) float32 of step i for the images of some seeds; sampling starts from step 0.
 
-    Numbers for ``ahead`` steps are drawn at a time: for a plan of few steps, all of them with those of step 0.
+    Noise is drawn for ``ahead`` steps at a time: for a short plan, all of it together with that of step 0.
     """
 
     def __init__(self, seeds: Tensor, dim: int, ahead: int = AHEAD) -> None:

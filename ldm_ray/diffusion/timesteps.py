@@ -48,13 +48,13 @@ def spaced_timesteps(schedule: NoiseSchedule, num_inference_steps: int, spacing:
 
 def apart(timesteps: Tensor, total: int) -> list[int]:
     """Falling timesteps made strictly falling within 0 to T − 1, each moved as little as that takes."""
-    found = [int(t) for t in timesteps]
-    for i in range(1, len(found)):
-        found[i] = min(found[i], found[i - 1] - 1)
-    for left, i in enumerate(reversed(range(len(found)))):
-        found[i] = max(found[i], left)
-    assert found[0] < total
-    return found
+    falling = [int(t) for t in timesteps]
+    for i in range(1, len(falling)):
+        falling[i] = min(falling[i], falling[i - 1] - 1)
+    for left, i in enumerate(reversed(range(len(falling)))):
+        falling[i] = max(falling[i], left)
+    assert falling[0] < total
+    return falling
 
 
 def transitions_of(timesteps: Sequence[int]) -> list[Transition]:

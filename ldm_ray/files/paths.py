@@ -22,7 +22,7 @@ REMOTE_S = 3.0
 class RemotePath:
     """A name in a store that pyarrow opens: s3://, gs://, abfs:// and others; a query of the URI stays with it.
 
-    There are no folders, only names that begin alike; a file is there with all of its bytes or not at all.
+    There are no folders, only names that begin alike. A file appears with all of its bytes or not at all.
     Credentials are those of the environment. Raises ConfigError when pyarrow does not know the URI; later
     FileNotFoundError where pathlib does, and DataError on whatever else the store refuses.
     """
@@ -94,7 +94,7 @@ class RemotePath:
         return self
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there with its first file. FileExistsError as of a folder."""
+        """Does nothing: a folder appears with its first file. FileExistsError as for a folder."""
         if not exist_ok and self.store.sizes(self.key):
             raise FileExistsError(f"{self} is there already")
 
@@ -171,23 +171,23 @@ class RemotePath:
 AnyPath = Path | RemotePath
 
 
-def to_path(given: str | os.PathLike[str] | RemotePath) -> AnyPath:
+def to_path(place: str | os.PathLike[str] | RemotePath) -> AnyPath:
     """A path, or a name in an object store where there is a ``://``. ConfigError: pyarrow cannot open it."""
-    if isinstance(given, RemotePath) or "://" in str(given):
-        return given if isinstance(given, RemotePath) else RemotePath(str(given))
-    return local_path(given)
+    if isinstance(place, RemotePath) or "://" in str(place):
+        return place if isinstance(place, RemotePath) else RemotePath(str(place))
+    return local_path(place)
 
 
-def local_path(given: str | os.PathLike[str]) -> Path:
+def local_path(place: str | os.PathLike[str]) -> Path:
     """A path on a disk, ``~`` expanded. ConfigError on what can be no path: an unknown home, a null character."""
     try:
-        if b"\0" in os.fsencode(given):
+        if b"\0" in os.fsencode(place):
             raise ValueError
-        return Path(given).expanduser()
+        return Path(place).expanduser()
     except RuntimeError:
-        raise ConfigError(f"{given}: the home folder of that user is not known here; write the whole path") from None
+        raise ConfigError(f"{place}: the home folder of that user is not known here; write the whole path") from None
     except ValueError:
-        raise ConfigError(f"{os.fspath(given)!r} can be no path: it holds a character that no file name has") from None
+        raise ConfigError(f"{os.fspath(place)!r} can be no path: it holds a character that no file name has") from None
 
 
 @contextlib.contextmanager
@@ -313,11 +313,11 @@ class Mirror:
             self._temporary.cleanup()
 
 
-def outdir(given: str | None) -> AnyPath:
+def outdir(place: str | None) -> AnyPath:
     """The output directory, absolute or in an object store: as given, else $SCRATCH, else ./outputs."""
-    return to_path(given or os.environ.get("SCRATCH") or "outputs").absolute()
+    return to_path(place or os.environ.get("SCRATCH") or "outputs").absolute()
 
 
-def cache_dir(given: str | None) -> Path:
+def cache_dir(place: str | None) -> Path:
     """The absolute cache directory: as given, else $SLURM_TMPDIR, else ./hf_cache."""
-    return local_path(given or os.environ.get("SLURM_TMPDIR") or "hf_cache").absolute()
+    return local_path(place or os.environ.get("SLURM_TMPDIR") or "hf_cache").absolute()

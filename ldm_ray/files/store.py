@@ -1,4 +1,4 @@
-"""A folder on any filesystem that pyarrow opens. A file is there with all of its bytes or not at all."""
+"""A folder on any filesystem that pyarrow opens. A file appears with all of its bytes or not at all."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Store:
             return stream.read()
 
     def info(self, name: str) -> fs.FileInfo:
-        """What is there by a name; of type NotFound where nothing is. OSError where that cannot be known."""
+        """Type, size and time of a file; the type NotFound where there is none. OSError when it cannot be known."""
         return self.fs.get_file_info(self.path(name))
 
     def remove(self, name: str) -> None:
@@ -95,19 +95,19 @@ class Store:
         self.fs.delete_file(self.path(name))
 
     def sizes(self, folder: str = "", recursive: bool = False) -> dict[str, int]:
-        """Bytes of every file in a folder by its name under the root (folders: −1); empty when it is not there."""
+        """Bytes of each entry of a folder by its name under the root; −1 for a folder. Empty without the folder."""
         selector = fs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         try:
-            found = self.fs.get_file_info(selector)
+            files = self.fs.get_file_info(selector)
         except OSError as error:
             raise DataError(f"{self} cannot be read: {first_line(error)}") from None
         return {
             info.path[len(self.root) :].lstrip("/"): info.size if info.type == fs.FileType.File else -1
-            for info in found
+            for info in files
         }
 
     def clean(self) -> None:
-        """Removes what writers that were killed have left."""
+        """Removes the unfinished files of writers that were killed."""
         if self.fs.get_file_info(self.path(PARTIAL)).type == fs.FileType.Directory:
             self.fs.delete_dir(self.path(PARTIAL))
 

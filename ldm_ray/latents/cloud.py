@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm_ray.checkpoints import runs
 from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint, DiffusionCheckpoint, load_autoencoder, load_diffusion
-from ldm_ray.data.classes import numbered, told
+from ldm_ray.data.classes import listing, numbered
 from ldm_ray.data.recorded import load_own
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.data.statistics import LatentStatistics
@@ -64,59 +64,59 @@ class Clouds:
 def gather(config: TsneConfig) -> Clouds:
     """Reads, encodes and makes all of it. LdmError on what does not go together."""
     device, base = pick_device(config.device), outdir(config.outdir)
-    given = [to_path(path) for path in config.ae_ckpt or ()]
-    denoiser = denoiser_of(config, given, base)
-    autoencoders = [load_autoencoder(path) for path in given] or [default_autoencoder(denoiser, base)]
+    paths = [to_path(path) for path in config.ae_ckpt or ()]
+    denoiser = denoiser_of(config, paths, base)
+    autoencoders = [load_autoencoder(path) for path in paths] or [default_autoencoder(denoiser, base)]
     first = denoiser or autoencoders[0]
     (_, source), notes = load_own(first.info, first.path, config.dataset, cache_dir(config.cache_dir))
-    for found in autoencoders:
-        if source.image_size != found.codec.image_size:
+    for each in autoencoders:
+        if source.image_size != each.codec.image_size:
             raise ConfigError(
-                f"{found.path} takes images of {found.codec.image_size}, those of {source.name} are {source.image_size}"
+                f"{each.path} takes images of {each.codec.image_size}, those of {source.name} are {source.image_size}"
             )
     class_names = denoiser.class_names if denoiser else source.class_names
     if denoiser and not same_classes(class_names, source.class_names):
         raise ConfigError(
-            f"--ckpt {config.ckpt} makes other classes ({told(class_names)}) than {source.name} has "
-            f"({told(source.class_names)}): name the --dataset it was trained on"
+            f"--ckpt {config.ckpt} makes other classes ({listing(class_names)}) than {source.name} has "
+            f"({listing(source.class_names)}): name the --dataset it was trained on"
         )
     test = drawn(source, config.samples, config.seed)
-    made, sampled = made_by(denoiser, len(test), config, device) if denoiser else (None, None)
+    generated, sampled = made_by(denoiser, len(test), config, device) if denoiser else (None, None)
     clouds = []
-    for found in autoencoders:
-        codec = found.codec.with_statistics(LatentStatistics.identity(found.codec.latent_dim)).to(device)
+    for each in autoencoders:
+        codec = each.codec.with_statistics(LatentStatistics.identity(each.codec.latent_dim)).to(device)
         latents = [encode(codec, test.images)]
-        if denoiser is not None and made is not None:
-            own = sampled if denoiser.autoencoder_sha256 == found.sha256 else None
-            latents.append(encode(codec, made.images) if own is None else own)
-        clouds.append(Cloud(autoencoder=found, latents=torch.cat(latents)))
+        if denoiser is not None and generated is not None:
+            own = sampled if denoiser.autoencoder_sha256 == each.sha256 else None
+            latents.append(encode(codec, generated.images) if own is None else own)
+        clouds.append(Cloud(autoencoder=each, latents=torch.cat(latents)))
     return Clouds(
-        test=test, made=made, clouds=clouds, class_names=class_names, source=source, denoiser=denoiser, notes=notes
+        test=test, made=generated, clouds=clouds, class_names=class_names, source=source, denoiser=denoiser, notes=notes
     )
 
 
-def same_classes(made: Sequence[str], real: Sequence[str]) -> bool:
+def same_classes(sampled: Sequence[str], real: Sequence[str]) -> bool:
     """Whether classes can be the same: as many or fewer real ones, and where both have names, the same names."""
-    named = tuple(made) != numbered(len(made)) and tuple(real) != numbered(len(real))
-    return tuple(made) == tuple(real) if named else len(real) <= len(made)
+    named = tuple(sampled) != numbered(len(sampled)) and tuple(real) != numbered(len(real))
+    return tuple(sampled) == tuple(real) if named else len(real) <= len(sampled)
 
 
-def denoiser_of(config: TsneConfig, given: list[AnyPath], base: AnyPath) -> DiffusionCheckpoint | None:
+def denoiser_of(config: TsneConfig, autoencoders: list[AnyPath], base: AnyPath) -> DiffusionCheckpoint | None:
     """The denoiser with an autoencoder: its own, else the first given, else one that is found."""
     if config.ckpt is None:
         return None
     path = to_path(config.ckpt)
     carried = load_diffusion(path).codec is not None
-    return load(path, None if carried or not given else given[0], search=[path.parent, base])
+    return load(path, None if carried or not autoencoders else autoencoders[0], search=[path.parent, base])
 
 
 def default_autoencoder(denoiser: DiffusionCheckpoint | None, base: AnyPath) -> AutoencoderCheckpoint:
-    found = (denoiser.autoencoder if denoiser else None) or runs.find_autoencoder(base)
-    if found is None:
+    autoencoder = (denoiser.autoencoder if denoiser else None) or runs.find_autoencoder(base)
+    if autoencoder is None:
         raise ConfigError(
             f"no autoencoder under {base}: name one by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
         )
-    return found
+    return autoencoder
 
 
 def drawn(source: ImageSource, count: int, seed: int) -> Shown:

@@ -18,13 +18,13 @@ def tsne(latents: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
     from threadpoolctl import threadpool_limits
 
     if perplexity >= len(latents):
-        raise ConfigError(f"--perplexity {perplexity:g} is to be below the {len(latents)} points")
+        raise ConfigError(f"--perplexity {perplexity:g} must be below the {len(latents)} points")
     if not np.ptp(latents, axis=0).max() > 0:
         raise ConfigError("all latents are the same: the autoencoder tells no images apart")
     wide = np.pad(latents, ((0, 0), (0, max(0, 2 - latents.shape[1]))))  # a latent of one number has one component
     with threadpool_limits(1):
-        made = TSNE(2, perplexity=perplexity, init="random" if latents.shape[1] < 2 else "pca", random_state=seed)
-        return made.fit_transform(wide)
+        tsne = TSNE(2, perplexity=perplexity, init="random" if latents.shape[1] < 2 else "pca", random_state=seed)
+        return tsne.fit_transform(wide)
 
 
 def scores(points: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:

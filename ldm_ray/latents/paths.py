@@ -30,10 +30,10 @@ def interpolate(start: Tensor, end: Tensor, count: int, method: str = "spherical
 
 def traverse(latent: Tensor, axes: Sequence[int], values: Tensor) -> Tensor:
     """(A, S, D): for each of A ``axes`` the latent (D,) with that number set to each of the values (S,) in turn."""
-    found = latent.repeat(len(axes), len(values), 1)
+    latents = latent.repeat(len(axes), len(values), 1)
     for row, axis in enumerate(axes):
-        found[row, :, axis] = values
-    return found
+        latents[row, :, axis] = values
+    return latents
 
 
 def plane(latents: np.ndarray, labels: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:

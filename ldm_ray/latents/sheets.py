@@ -58,5 +58,5 @@ def over_plane(
     origin, axes = plane(latents, each)
     low, high = np.quantile((latents - origin) @ axes.T, INNER, axis=0)
     right, up = np.linspace(low, high, columns).T
-    made = torch.from_numpy(origin + up[::-1, None, None] * axes[1] + right[None, :, None] * axes[0]).float()
-    return made, right.tolist(), up[::-1].tolist()
+    lattice = torch.from_numpy(origin + up[::-1, None, None] * axes[1] + right[None, :, None] * axes[0]).float()
+    return lattice, right.tolist(), up[::-1].tolist()

@@ -74,7 +74,7 @@ def operations(work: Callable[[], Any]) -> int:
 def sampling_speed(path: AnyPath, device: str, sampling: SamplingConfig, sizes: Sequence[int], repeats: int) -> dict:
     """``ms_per_image`` at each number of images, to uint8, and ``sampling_mb``, the process at most."""
     generator = Generator.of(load(path, search=[path.parent]), device)
-    found = {}
+    milliseconds = {}
     for size in sizes:
         labels = [i % generator.num_classes for i in range(size)]
         took = []
@@ -82,8 +82,8 @@ def sampling_speed(path: AnyPath, device: str, sampling: SamplingConfig, sizes: 
             started = time.perf_counter()
             generator(range(size), labels, sampling)
             took.append(time.perf_counter() - started)
-        found[str(size)] = 1e3 * statistics.median(took[1:]) / size
-    return {"ms_per_image": found, "sampling_mb": peak_mb(device)}
+        milliseconds[str(size)] = 1e3 * statistics.median(took[1:]) / size
+    return {"ms_per_image": milliseconds, "sampling_mb": peak_mb(device)}
 
 
 def training_speed(path: AnyPath, device: str) -> dict[str, Any]:
@@ -119,18 +119,18 @@ def peak_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def apart(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+def apart(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What ``work`` returns, from a fresh process. RuntimeError when it ended without an answer."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(work, given)
+        return pool.apply(work, arguments)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a column for each checkpoint."""
     lines = [["", *(row["name"] for row in rows)], ["---"] * (1 + len(rows))]
-    for heading, told in LINES.items():
-        lines.append([heading, *(told(row) for row in rows)])
+    for heading, cell_of in LINES.items():
+        lines.append([heading, *(cell_of(row) for row in rows)])
     for size in rows[0]["ms_per_image"]:
         lines.append([f"ms per image, {int(size):,} at a time", *(f"{row['ms_per_image'][size]:.3g}" for row in rows)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -182,5 +182,5 @@ def names_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{name} ({short[: i + 1].count(name)})" if short.count(name) > 1 else name for i, name in enumerate(short)]
 
 
-def to_json(found: dict[str, Any]) -> bytes:
-    return (json.dumps(found, indent=1, default=str) + "\n").encode()
+def to_json(results: dict[str, Any]) -> bytes:
+    return (json.dumps(results, indent=1, default=str) + "\n").encode()

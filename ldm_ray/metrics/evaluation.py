@@ -57,16 +57,15 @@ def evaluate(
         return floors(codec, train, test, reference, config.samples, config.baselines)
 
     kept = kept_floors(config, generator.codec, sources, measure_floors)
-    found: dict[str, Any] = {"floors": kept, "samples": [], "notes": notes}
+    results: dict[str, Any] = {"floors": kept, "samples": [], "notes": notes}
     sampler = Sampler(config, generator, reference, only_digit)
     for scale in config.scales():
-        found["samples"].append(sampler.row(config.sampling_at(scale)))
+        results["samples"].append(sampler.row(config.sampling_at(scale)))
     if config.ddpm_floor:
-        found["floors"]["ddpm"] = sampler.row(FULL_DDPM)["mean"]
+        results["floors"]["ddpm"] = sampler.row(FULL_DDPM)["mean"]
     assert sampler.first is not None
-    return found | {"dataset": {s.split: {"name": s.name, "revision": s.revision, "count": len(s)} for s in sources}}, (
-        picture(*sampler.first, reference)
-    )
+    results["dataset"] = {s.split: {"name": s.name, "revision": s.revision, "count": len(s)} for s in sources}
+    return results, picture(*sampler.first, reference)
 
 
 def figures_of(ckpt: AnyPath, test: Tensor, samples: int) -> dict[str, Any]:
@@ -75,8 +74,8 @@ def figures_of(ckpt: AnyPath, test: Tensor, samples: int) -> dict[str, Any]:
     generator, args = Generator.open(ckpt, torch.device("cpu"))
     digit = args.get("only_digit")
     labels = generator.in_turn(samples, digit)
-    made = make(generator, range(samples), labels, DEFAULT, f"measuring {ckpt}")
-    return quality(made, torch.tensor(labels), Reference.of(test), memorisation=False)
+    images = make(generator, range(samples), labels, DEFAULT, f"measuring {ckpt}")
+    return quality(images, torch.tensor(labels), Reference.of(test), memorisation=False)
 
 
 def make(
@@ -109,17 +108,17 @@ class Sampler:
     def run(self, seed: int, sampling: SamplingConfig) -> dict[str, Any]:
         count, began = self.config.samples, time.perf_counter()
         seeds = range(seed * count, (seed + 1) * count)
-        made = make(self.generator, seeds, self.labels, sampling, f"sampling seed {seed}, {told(sampling)}")
+        images = make(self.generator, seeds, self.labels, sampling, f"sampling seed {seed}, {words_of(sampling)}")
         seconds, labels = time.perf_counter() - began, torch.tensor(self.labels)
-        self.first = self.first or (made, labels)
-        log.info("sampling seed %d, %s: %d images, %.0f/s", seed, told(sampling), count, count / seconds)
+        self.first = self.first or (images, labels)
+        log.info("sampling seed %d, %s: %d images, %.0f/s", seed, words_of(sampling), count, count / seconds)
         with Progress(f"sampling seed {seed}: measuring {count:,} images"):
-            found = quality(made, labels, self.reference)
-        log.info("sampling seed %d, %s: FD-LeNet %.2f", seed, told(sampling), found["fd_lenet"])
-        return {"seed": seed, "images_per_second": count / seconds} | found
+            figures = quality(images, labels, self.reference)
+        log.info("sampling seed %d, %s: FD-LeNet %.2f", seed, words_of(sampling), figures["fd_lenet"])
+        return {"seed": seed, "images_per_second": count / seconds} | figures
 
 
-def told(sampling: SamplingConfig) -> str:
+def words_of(sampling: SamplingConfig) -> str:
     return f"{sampling.sampler}, guidance {sampling.guidance_scale}"
 
 
@@ -170,9 +169,9 @@ def kept_floors(
                 return kept["floors"]
         except (ValueError, KeyError, TypeError):
             log.warning("%s is damaged: measuring the floors again", path)
-    found = measure(codec)
-    write_json(path, {"identity": identity, "floors": found})
-    return found
+    measured = measure(codec)
+    write_json(path, {"identity": identity, "floors": measured})
+    return measured
 
 
 def write_json(path: AnyPath, content: dict[str, Any]) -> None:

@@ -60,12 +60,12 @@ def floors(
             sets += mixtures(codec, train[0], count)
         elif baselines:
             log.info("no Gaussians are fitted to latents of %d numbers: at most %d", codec.latent_dim, MOST_NUMBERS)
-    found = {}
+    figures = {}
     for name, images, asked in sets:
         with Progress(f"floor {name}: measuring {len(images):,} images"):
-            found[name] = quality(images, asked, reference)
-        log.info("floor %s: FD-LeNet %.2f", name, found[name]["fd_lenet"])
-    return found
+            figures[name] = quality(images, asked, reference)
+        log.info("floor %s: FD-LeNet %.2f", name, figures[name]["fd_lenet"])
+    return figures
 
 
 def chosen(images_labels: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,9 @@ class FeatureStatistics:
     @classmethod
     def of(cls, features: Tensor) -> FeatureStatistics:
         """Of features (N, F) at once."""
-        found = cls(features.shape[1])
-        found.update(features)
-        return found
+        statistics = cls(features.shape[1])
+        statistics.update(features)
+        return statistics
 
     def update(self, features: Tensor) -> None:
         """Takes in features (n, F). DataError when one of them is not finite."""

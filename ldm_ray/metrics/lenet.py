@@ -143,10 +143,10 @@ def load(name: str, folder: Path = FOLDER) -> nn.Module:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"classifier weights {path}: {error.strerror or error}; install ldm_ray again") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != SHA256[name]:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != SHA256[name]:
         raise CheckpointError(
-            f"classifier weights {path} have SHA-256 {found}, not {SHA256[name]}: figures would not be comparable; "
+            f"classifier weights {path} have SHA-256 {digest}, not {SHA256[name]}: figures would not be comparable; "
             "install ldm_ray again"
         )
     network = NETWORKS[name]()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MOST_STEPS, TOLERANCE = 200, 1e-3  # the fit ends where a step gains less in the mean log likelihood
-START_ROWS = 10_000  # k-means, which a fit starts from, goes by so many of the rows
+START_ROWS = 10_000  # of the rows, for the k-means that a fit starts from
 SMALLEST = 1e-4  # variance of a component in any direction
 BLOCK = 2**24  # numbers of expanded rows at a time
 
@@ -44,11 +44,11 @@ class Mixture:
         which = torch.multinomial(self.weights, count, replacement=True, generator=random)
         noise = torch.randn(count, self.means.shape[1], generator=random, dtype=torch.float64)
         scaled = noise * self.values[which].sqrt()
-        made = torch.empty_like(scaled)
+        drawn = torch.empty_like(scaled)
         for k in which.unique().tolist():
             rows = which == k
-            made[rows] = self.means[k] + scaled[rows] @ self.vectors[k].mT
-        return made.float()
+            drawn[rows] = self.means[k] + scaled[rows] @ self.vectors[k].mT
+        return drawn.float()
 
 
 def fit(rows: Tensor, components: int, seed: int, step: Callable[[], None] = lambda: None) -> Mixture:

@@ -1,7 +1,7 @@
 """Figures from nearest neighbours: precision, recall, density, coverage, and closeness to the training images.
 
 Distances are Euclidean, computed in blocks of rows: memory is that of one block against the other side, however
-many images there are. Shapes: N real, M made (or rows and others), F features.
+many images there are. Shapes: N real, M samples (or rows and others), F features.
 """
 
 from __future__ import annotations
@@ -35,41 +35,41 @@ def radii(features: Tensor, ks: tuple[int, ...] = (PRECISION_K, DENSITY_K)) -> T
     most = max(ks)
     if len(features) <= most:
         raise DataError(f"{len(features)} images are too few for {most} nearest others of each: at least {most + 1}")
-    found = torch.empty(len(ks), len(features), dtype=features.dtype, device=features.device)
+    squares = torch.empty(len(ks), len(features), dtype=features.dtype, device=features.device)
     for rows, squared in distance_blocks(features, features):
         own = torch.arange(rows.start, rows.stop, device=features.device)
         squared[own - rows.start, own] = torch.inf  # not its own neighbour
         nearest = squared.topk(most, dim=1, largest=False).values  # (rows, most), ascending
-        found[:, rows] = torch.stack([nearest[:, k - 1] for k in ks])
-    return found
+        squares[:, rows] = torch.stack([nearest[:, k - 1] for k in ks])
+    return squares
 
 
-def neighbour_figures(real: Tensor, made: Tensor, real_radii: Tensor | None = None) -> dict[str, float]:
-    """precision, recall (k = 3), density and coverage (k = 5) of made (M, F) against real (N, F), both float64.
+def neighbour_figures(real: Tensor, samples: Tensor, real_radii: Tensor | None = None) -> dict[str, float]:
+    """precision, recall (k = 3), density and coverage (k = 5) of samples (M, F) against real (N, F), both float64.
 
     With B_k(x) the closed ball around x to its k-th nearest other of its own side:
 
-    - precision: share of made in the union of B₃ of real; recall: share of real in the union of B₃ of made
+    - precision: share of samples in the union of B₃ of real; recall: share of real in the union of B₃ of samples
       (Kynkäänniemi et al., arXiv:1904.06991, eq. 1–2);
-    - density: mean over made of the number of B₅ of real that it lies in, over 5; may exceed 1;
-    - coverage: share of real whose B₅ holds a made one (Naeem et al., arXiv:2002.09797, eq. 3–4).
+    - density: mean over samples of the number of B₅ of real that it lies in, over 5; may exceed 1;
+    - coverage: share of real whose B₅ holds a sample (Naeem et al., arXiv:2002.09797, eq. 3–4).
 
     real_radii: ``radii(real)`` where it is known. DataError with fewer than 6 images on a side.
     """
     real_radii = radii(real) if real_radii is None else real_radii
-    (made_radius,) = radii(made, (PRECISION_K,))
+    (sample_radius,) = radii(samples, (PRECISION_K,))
     precise, dense, recalled, covered = 0, 0, 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for _, squared in distance_blocks(made, real):  # made rows against all real
+    for _, squared in distance_blocks(samples, real):  # sample rows against all real
         precise += int((squared <= real_radii[0]).any(dim=1).sum())
         inside = squared <= real_radii[1]
         dense += int(inside.sum())
         covered |= inside.any(dim=0)
-    for _, squared in distance_blocks(real, made):
-        recalled += int((squared <= made_radius).any(dim=1).sum())
+    for _, squared in distance_blocks(real, samples):
+        recalled += int((squared <= sample_radius).any(dim=1).sum())
     return {
-        "precision": precise / len(made),
+        "precision": precise / len(samples),
         "recall": recalled / len(real),
-        "density": dense / (DENSITY_K * len(made)),
+        "density": dense / (DENSITY_K * len(samples)),
         "coverage": float(covered.double().mean()),
     }
 
@@ -86,6 +86,6 @@ def nearest(images: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     for chunk in images.flatten(1).split(1000):
         for _, squared in distance_blocks(chunk.float(), others):
             rows.append(squared.argmin(dim=1))
-    found = torch.cat(rows)
-    difference = images.flatten(1).float() - others[found]
-    return (difference.double().square().sum(dim=1).sqrt() / 255).cpu(), found.cpu()
+    neighbours = torch.cat(rows)
+    difference = images.flatten(1).float() - others[neighbours]
+    return (difference.double().square().sum(dim=1).sqrt() / 255).cpu(), neighbours.cpu()

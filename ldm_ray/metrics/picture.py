@@ -17,16 +17,16 @@ def side_by_side(panels: Sequence[tuple[str, Tensor, int]]) -> np.ndarray:
     """(H', W', 3) uint8 of panels: a name, images (N, 1, H, W) uint8, the number of their columns."""
     double = np.ones((SCALE, SCALE), np.uint8)
     grids = [(name, np.kron(grid(images, columns), double)) for name, images, columns in panels]
-    width = sum(made.shape[1] for _, made in grids) + GAP * (len(grids) - 1)
-    canvas = np.full((HEAD + max(made.shape[0] for _, made in grids), width, 3), 24, dtype=np.uint8)
+    width = sum(panel.shape[1] for _, panel in grids) + GAP * (len(grids) - 1)
+    canvas = np.full((HEAD + max(panel.shape[0] for _, panel in grids), width, 3), 24, dtype=np.uint8)
     places, left = [], 0
-    for _, made in grids:
-        canvas[HEAD : HEAD + made.shape[0], left : left + made.shape[1]] = made[..., None]
+    for _, panel in grids:
+        canvas[HEAD : HEAD + panel.shape[0], left : left + panel.shape[1]] = panel[..., None]
         places.append(left)
-        left += made.shape[1] + GAP
+        left += panel.shape[1] + GAP
     drawn = Image.fromarray(canvas)
     pen = ImageDraw.Draw(drawn)
-    for (name, made), left in zip(grids, places, strict=True):
-        fits = max(1, made.shape[1] // 6)  # letters of Pillow's own font
+    for (name, panel), left in zip(grids, places, strict=True):
+        fits = max(1, panel.shape[1] // 6)  # letters of Pillow's own font
         pen.text((left + 4, 5), name if len(name) <= fits else "…" + name[1 - fits :], fill=(220, 220, 220))
     return np.asarray(drawn)

@@ -74,22 +74,22 @@ def quality(
     if labels is not None and (labels.shape != (len(images),) or not 0 <= int(labels.min()) <= int(labels.max()) < 10):
         raise DataError(f"labels {tuple(labels.shape)} do not match {len(images)} images, or are outside 0 to 9")
     features = reference.classifiers.features(images)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "count": len(images),
         "fd_lenet": frechet_distance(FeatureStatistics.of(features), reference.statistics),
     }
     if neighbours:
-        found |= neighbour_figures(reference.features, features, reference.radii)
+        figures |= neighbour_figures(reference.features, features, reference.radii)
     seen = reference.classifiers.classify(images)
-    found["histogram"] = torch.bincount(seen, minlength=NUM_CLASSES).tolist()
+    figures["histogram"] = torch.bincount(seen, minlength=NUM_CLASSES).tolist()
     if labels is not None:
         right = (seen == labels.cpu()).double()
         per_class = [right[labels.cpu() == digit] for digit in range(NUM_CLASSES)]
-        found["accuracy"] = float(right.mean())
-        found["accuracy_per_class"] = [float(part.mean()) if len(part) else None for part in per_class]
+        figures["accuracy"] = float(right.mean())
+        figures["accuracy_per_class"] = [float(part.mean()) if len(part) else None for part in per_class]
     if memorisation and reference.train is not None and reference.test_to_train is not None:
         distance, _ = nearest(images.to(reference.train.device), reference.train)
-        found["nearest_train"] = float(distance.mean())
-        found["nearest_train_ratio"] = float(distance.mean() / reference.test_to_train.mean())
-        found["close_to_train"] = float((distance < reference.test_to_train.quantile(CLOSE)).double().mean())
-    return found
+        figures["nearest_train"] = float(distance.mean())
+        figures["nearest_train_ratio"] = float(distance.mean() / reference.test_to_train.mean())
+        figures["close_to_train"] = float((distance < reference.test_to_train.quantile(CLOSE)).double().mean())
+    return figures

@@ -52,20 +52,20 @@ PAIRS, SCALE, GAP, MARGIN = 8, 2, 6, 56  # pairs a row, enlargement, pixels betw
 TINT = np.array([255, 190, 90])  # of the training images in the picture
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """The floors, then the samples with their standard deviations below, what the columns are, and each digit's."""
-    lowest, floor = floor_of(found)
+    lowest, floor = floor_of(results)
     letter = FLOORS[lowest][:3]
     lines = [" " * 29 + "".join(f"{heading.format(letter):>{WIDTH}}" for heading, _ in COLUMNS.values())]
-    lines += [line(FLOORS[name], row, floor) for name, row in found["floors"].items()]
-    for row in found["samples"]:
+    lines += [line(FLOORS[name], row, floor) for name, row in results["floors"].items()]
+    for row in results["samples"]:
         lines.append(line(f"samples, guidance {row['guidance_scale']:g}", row["mean"], floor))
         if row["sd"]["fd_lenet"] is not None:
             lines.append(line("    ±", row["sd"], floor))
     lines += ["", LEGEND.format(letter, letter)]
     lines += ["", f"{'digit':<29}" + "".join(f"{digit:>8}" for digit in range(NUM_CLASSES))]
-    for name, row in [(letter, found["floors"][lowest])] + [
-        (f"guidance {row['guidance_scale']:g}", row["mean"]) for row in found["samples"]
+    for name, row in [(letter, results["floors"][lowest])] + [
+        (f"guidance {row['guidance_scale']:g}", row["mean"]) for row in results["samples"]
     ]:
         share = [count / row["count"] for count in row["histogram"]]
         lines.append(f"{name + ': share seen':<29}" + cells(share, 8, 3))
@@ -73,10 +73,10 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def floor_of(found: dict[str, Any]) -> tuple[str, float]:
+def floor_of(results: dict[str, Any]) -> tuple[str, float]:
     """(name, FD-LeNet) of the floor that samples are held against: (c), or (a) in pixel space, which has no other."""
-    lowest = FLOOR_C if FLOOR_C in found["floors"] else FLOOR_A
-    return lowest, found["floors"][lowest]["fd_lenet"]
+    lowest = FLOOR_C if FLOOR_C in results["floors"] else FLOOR_A
+    return lowest, results["floors"][lowest]["fd_lenet"]
 
 
 def line(name: str, row: dict[str, Any], floor: float) -> str:

@@ -53,7 +53,7 @@ class MLPDecoder(nn.Module):
 
 
 def halved(size: Size, times: int) -> Size:
-    """The size after so many convolutions of stride 2."""
+    """The size after ``times`` convolutions of stride 2."""
     for _ in range(times):
         size = (size[0] + 1) // 2, (size[1] + 1) // 2
     return size

@@ -25,7 +25,7 @@ class Codec(nn.Module, ABC):
     mean: Tensor
 
     def train(self, mode: bool = True) -> Codec:
-        """Stays in evaluation mode whatever is asked."""
+        """Stays in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What every denoiser is told beside its input: the timestep and the class, as one embedding.
+"""What every denoiser gets beside its input: timestep and class, as one embedding.
 
 State-dict names are a file format: keep them. Shapes: B batch, D numbers of an input, E embedding.
 """

@@ -77,9 +77,9 @@ class AutoencoderTask(Task):
     def picture(self, ema: nn.Module, path: AnyPath, batch: Tensor) -> None:
         """Images above, reconstructions below, eight columns."""
         images = batch[:32]
-        made = to_uint8(self.autoencoder.eval()(to_float(images)).float())
+        reconstructions = to_uint8(self.autoencoder.eval()(to_float(images)).float())
         self.autoencoder.train()
-        rows = [part for pair in zip(images.split(8), made.split(8), strict=True) for part in pair]
+        rows = [part for pair in zip(images.split(8), reconstructions.split(8), strict=True) for part in pair]
         save_grid(torch.cat(rows).cpu(), path, columns=8)
 
 
@@ -155,15 +155,15 @@ def build_task(
     data: the run's record, whose ``image_size``, ``class_names`` and ``without_images`` count; without it 28×28
     and ten classes.
     """
-    told = data or {}
+    record = data or {}
     torch.manual_seed(config.seed)  # initial weights, the same on every worker
     if isinstance(config, AutoencoderConfig):
-        height, width = told.get("image_size", registry.IMAGE_SIZE)
+        height, width = record.get("image_size", registry.IMAGE_SIZE)
         return AutoencoderTask(config, (height, width), device)
     assert isinstance(config, TrainConfig)
     if config.space == "pixel":
-        height, width = told.get("image_size", registry.IMAGE_SIZE)
-        return DenoiserTask(config, PixelCodec((height, width)), None, told, device)
-    found = from_embedded(autoencoder, Path("the autoencoder of this run"))
-    assert found is not None
-    return DenoiserTask(config, found.codec, found, told, device)
+        height, width = record.get("image_size", registry.IMAGE_SIZE)
+        return DenoiserTask(config, PixelCodec((height, width)), None, record, device)
+    encoder = from_embedded(autoencoder, Path("the autoencoder of this run"))
+    assert encoder is not None
+    return DenoiserTask(config, encoder.codec, encoder, record, device)

@@ -50,8 +50,8 @@ def call(module: str, *flags: object) -> tuple[int, str, str]:
 
 def run(module: str, *flags: object, code: int = 0) -> str:
     """The same; what it printed, with the exit code that is expected."""
-    given, output, errors = call(module, *flags)
-    assert given == code, f"exit code {given}, expected {code}:\n{output}{errors}"
+    actual, output, errors = call(module, *flags)
+    assert actual == code, f"exit code {actual}, expected {code}:\n{output}{errors}"
     return output + errors
 
 

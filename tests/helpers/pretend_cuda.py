@@ -103,9 +103,9 @@ class Generator(torch.Generator):
     """One that remembers the device it was made for."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
-        made: Any = super().__new__(cls, "cpu")  # type: ignore[call-arg]
-        made.on = CUDA if on_cuda(device) else torch.device("cpu")
-        return made
+        generator: Any = super().__new__(cls, "cpu")  # type: ignore[call-arg]
+        generator.on = CUDA if on_cuda(device) else torch.device("cpu")
+        return generator
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -117,8 +117,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Seen) -> Any:
     if func in PLACES:
         return place_of(func, args[0])
     tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-    there = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
-    seen.calls += bool(there)
+    on_device = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
+    seen.calls += bool(on_device)
     if func in MOVES:
         return moved(func, args, kwargs, seen)
     if func is T.is_pinned:
@@ -126,9 +126,9 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Seen) -> Any:
     if func is T.pin_memory:
         return pinned(args[0])
     if func is torch._has_compatible_shallow_copy_type:
-        return len(there) in (0, len(tensors))
+        return len(on_device) in (0, len(tensors))
     asked = kwargs.get("device")
-    target = on_cuda(asked) if asked is not None else bool(there)
+    target = on_cuda(asked) if asked is not None else bool(on_device)
     refuse(func, args, kwargs, target, tensors)
     count_waits(func, args, kwargs, target, tensors, seen)
     kwargs = dict(kwargs)
@@ -136,12 +136,12 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Seen) -> Any:
     if asked is not None and target:
         kwargs["device"] = torch.device("cpu")
     with torch._C.DisableTorchFunctionSubclass():
-        made = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         own = {id(tensor) for tensor in tensors}
-        made = tree_map(lambda value: value if id(value) in own else put(value, target), made)
+        result = tree_map(lambda value: value if id(value) in own else put(value, target), result)
     if pin:
-        made.pinned = True
-    return made
+        result.pinned = True
+    return result
 
 
 def place_of(getter: Any, tensor: Tensor) -> Any:
@@ -169,19 +169,19 @@ def moved(func: Any, args: Any, kwargs: dict[str, Any], seen: Seen) -> Tensor:
     how = {name: value for name, value in kwargs.items() if name in ("dtype", "memory_format", "copy")}
     with torch._C.DisableTorchFunctionSubclass():
         source = tensor.as_subclass(Tensor)
-        made = source.to(*types, **how) if types or how else source
+        copy = source.to(*types, **how) if types or how else source
         if target == was:
-            return tensor if made is source else put(made, target)
-        return put(made.clone() if made is source else made, target)
+            return tensor if copy is source else put(copy, target)
+        return put(copy.clone() if copy is source else copy, target)
 
 
 def pinned(tensor: Tensor) -> Tensor:
     if isinstance(tensor, OnCuda):
         raise Mismatch("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
     with torch._C.DisableTorchFunctionSubclass():
-        made: Any = tensor.clone()
-    made.pinned = True
-    return made
+        copy: Any = tensor.clone()
+    copy.pinned = True
+    return copy
 
 
 def refuse(func: Any, args: Any, kwargs: dict[str, Any], target: bool, tensors: list[Tensor]) -> None:
@@ -208,29 +208,29 @@ def refuse(func: Any, args: Any, kwargs: dict[str, Any], target: bool, tensors: 
 
 
 def count_waits(func: Any, args: Any, kwargs: dict[str, Any], target: bool, tensors: list[Tensor], seen: Seen) -> None:
-    there = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
-    here = [tensor for tensor in tensors if not isinstance(tensor, OnCuda)]
+    on_device = [tensor for tensor in tensors if isinstance(tensor, OnCuda)]
+    on_cpu = [tensor for tensor in tensors if not isinstance(tensor, OnCuda)]
     name = getattr(func, "__name__", str(func))
-    if func in READS and there:
+    if func in READS and on_device:
         seen.wait(name)
     elif func in FROM_NUMBERS and target:
         seen.wait(f"{name} of numbers")
-    elif func in (T.__getitem__, T.__setitem__) and there:
+    elif func in (T.__getitem__, T.__setitem__) and on_device:
         index = [value for value in tree_iter(args[1]) if isinstance(value, Tensor)]
         if any(value.dtype == torch.bool for value in index):
             seen.wait("index by a mask")
-        elif here:
+        elif on_cpu:
             seen.wait("index or value of the CPU")
-    elif func is T.copy_ and there and here:
+    elif func is T.copy_ and on_device and on_cpu:
         from_pinned = getattr(args[1], "pinned", False) and (kwargs.get("non_blocking") or args[2:3] == (True,))
         if not (from_pinned and target):
             seen.wait("copy_ between devices")
-    elif func in (torch.repeat_interleave, T.repeat_interleave) and len(there) > 1:  # how often, as a tensor
+    elif func in (torch.repeat_interleave, T.repeat_interleave) and len(on_device) > 1:  # how often, as a tensor
         seen.wait(name)
 
 
 def put(value: Any, target: bool) -> Any:
-    """A tensor on the side it is to say it is on; whatever else as it is."""
+    """A tensor on the side that it must say it is on; anything else unchanged."""
     if not isinstance(value, Tensor) or isinstance(value, OnCuda) == target:
         return value
     return value.as_subclass(OnCuda if target else Tensor)  # type: ignore[arg-type]

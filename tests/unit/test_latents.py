@@ -176,7 +176,7 @@ def test_tsne_keeps_clusters_and_is_the_same_every_time() -> None:
 
 
 def test_tsne_refuses_what_it_cannot_lay_out() -> None:
-    with pytest.raises(ConfigError, match="--perplexity 60 is to be below the 60 points"):
+    with pytest.raises(ConfigError, match="--perplexity 60 must be below the 60 points"):
         maps.tsne(blobs()[0], 60, 0)
     with pytest.raises(ConfigError, match="all latents are the same"):
         maps.tsne(np.ones((20, 4)), 5, 0)

@@ -198,7 +198,7 @@ def read_safetensors(source: Source) -> dict[str, Any]:
     header = json.loads(source.bytes_at(8, size))
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    told = header.pop("__metadata__", None) or {}
+    texts = header.pop("__metadata__", None) or {}
     weights: dict[str, Any] = {}
     taken: list[tuple[int, int]] = []
     for name, entry in header.items():
@@ -217,7 +217,7 @@ def read_safetensors(source: Source) -> dict[str, Any]:
     taken.sort()
     if any(begin < end for (begin, _), (_, end) in zip(taken[1:], taken[:-1], strict=True)):
         raise ValueError("its tensors overlap")
-    return weights | {"args": {str(key): number_in(value) for key, value in told.items()}} if told else weights
+    return weights | {"args": {str(key): number_in(value) for key, value in texts.items()}} if texts else weights
 
 
 def number_in(text: Any) -> Any:

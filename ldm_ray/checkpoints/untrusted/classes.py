@@ -51,7 +51,7 @@ class Dtype:
         return f"numpy.{self.code}"
 
     def numpy(self) -> np.dtype[Any] | None:
-        """None for what is no number of ordinary size."""
+        """None unless it is a number of ordinary size."""
         if not NUMPY_CODES.fullmatch(self.code):
             return None
         return np.dtype(self.code).newbyteorder("=" if self.order == "|" else self.order)  # type: ignore[arg-type]
@@ -79,19 +79,19 @@ def call(function: Name, arguments: tuple[Any, ...]) -> Any:
     return rule(*arguments)
 
 
-def fill(made: Any, state: Any) -> None:
+def fill(target: Any, state: Any) -> None:
     """An object's state, where that matters: the attributes of a Namespace, the numbers of an array."""
-    if isinstance(made, Fields):
+    if isinstance(target, Fields):
         parts = state if isinstance(state, tuple) else (state,)
         for part in parts:
             if isinstance(part, dict):
-                made.update(part)
-    elif isinstance(made, Dtype):
+                target.update(part)
+    elif isinstance(target, Dtype):
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|"):
-            made.order = state[1]
-    elif isinstance(made, Stored) and isinstance(state, tuple) and len(state) == 5:
+            target.order = state[1]
+    elif isinstance(target, Stored) and isinstance(state, tuple) and len(state) == 5:
         _, shape, dtype, fortran, data = state
-        fill_array(made, array(data, dtype, shape, "F" if fortran else "C"))
+        fill_array(target, array(data, dtype, shape, "F" if fortran else "C"))
 
 
 def fill_array(empty: Stored, full: Stored | Unread) -> None:
@@ -145,14 +145,14 @@ def path(pure: type[pathlib.PurePath]) -> Callable[..., str]:
 def moment(kind: Any) -> Callable[..., str]:
     """ISO text of a date or a time."""
 
-    def made(data: Any, *_: Any) -> str:
+    def text_of(data: Any, *_: Any) -> str:
         if isinstance(data, str):
             data = data.encode("latin-1")
         if not isinstance(data, bytes):
             raise ValueError("a date without its bytes")
         return kind(data).isoformat()
 
-    return made
+    return text_of
 
 
 def object_of(cls: Any, base: Any = None, state: Any = None, *_: Any) -> Any:

@@ -156,9 +156,9 @@ def contiguous(storage: Storage, shape: Any, dtype: torch.dtype | None = None, f
     sides = numbers(shape)
     order = sides if fortran else sides[::-1]
     steps = [math.prod(order[:i]) for i in range(len(order))]
-    made = stored(storage, 0, sides, steps if fortran else steps[::-1], dtype)
-    assert isinstance(made, Stored)
-    return made
+    tensor = stored(storage, 0, sides, steps if fortran else steps[::-1], dtype)
+    assert isinstance(tensor, Stored)
+    return tensor
 
 
 def numbers(value: Any) -> tuple[int, ...]:
