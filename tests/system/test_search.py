@@ -79,7 +79,7 @@ def test_a_search_from_another_directory_and_training_its_best(base: tuple[Path,
     first = json.loads(next(out.glob("runs/latent-diffusion-*/metrics.jsonl")).read_text().splitlines()[0])
     assert first["val_loss"] == pytest.approx(best.curve[0]["val_loss"], rel=1e-5)
     shown = run("train", "--config", folder / "best_config.json", "--auto-resume")
-    assert "already finished with epoch 9" in shown
+    assert "has 9 epochs and --epochs is 9; nothing left to do" in shown
     assert "reused" in shown and "latent-diffusion-dall-bs8" in shown
 
 
