@@ -94,7 +94,7 @@ class Generator:
         return made
 
     def in_turn(self, count: int, only: int | None = None) -> list[int]:
-        """Labels of so many images: each class of which there were images in turn, or one alone."""
+        """Labels of so many images: the classes that it was trained on in turn, or ``only`` that one."""
         return [self.labels[i % len(self.labels)] if only is None else only for i in range(count)]
 
     @property
@@ -117,8 +117,8 @@ class Generator:
 
         An image's bytes follow from its own seed and label, the settings, the checkpoint and ``fingerprint``,
         whatever is made with it. watch(i, step, x0_pred (n, D)) is called after every step of the n images from
-        the i-th, in their thread; returning False cancels. Raises ConfigError on settings, seeds or labels
-        that cannot be, CheckpointError with the seeds whose numbers are not finite, Cancelled.
+        the i-th, in their thread; returning False cancels. ConfigError: seeds, labels or settings that the model
+        cannot take; CheckpointError: images that are not finite, with their seeds; Cancelled.
         """
         images, finite = self.make(seeds, labels, sampling, watch)
         if not bool(finite.all()):
@@ -136,18 +136,18 @@ class Generator:
         sampling: SamplingConfig = DEFAULT,
         watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(images, finite (B,) bool): as above, but one that is not finite takes nothing from the others."""
+        """(images, finite (B,) bool): the same, but images that are not finite are marked rather than an error."""
         parts = self._tiled(seeds, labels, sampling, watch, decode=True)
         images, finite = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         return images, finite
 
     def latents(self, seeds: Sequence[int], labels: Sequence[int | None], sampling: SamplingConfig = DEFAULT) -> Tensor:
-        """Whitened latents (B, D) float32, what ``decode`` makes the images of."""
+        """Whitened latents (B, D) float32, from which ``decode`` makes the images."""
         with self.progress(f"making {len(seeds):,} latents", len(seeds), sampling) as progress:
             return torch.cat([part[0] for part in self._tiled(seeds, labels, sampling, progress.watch, decode=False)])
 
     def progress(self, what: str, count: int, sampling: SamplingConfig) -> Progress:
-        """To show how far so many images are, by its ``watch``. ConfigError on settings that cannot be."""
+        """A display of progress for so many images, whose ``watch`` moves it. ConfigError as ``plan``."""
         return Progress(what, count * len(self.plan(sampling)))
 
     def plan(self, sampling: SamplingConfig) -> Plan:
@@ -250,9 +250,9 @@ def fingerprint_of(device: torch.device, precision: str = "fp32") -> str:
         tiles = {"tiles": [SIZES["cuda"][-1], PIXEL_SIZES["cuda"][-1]]}
     elif precision == "bf16":
         kind += bf16_bits()
-    told = {"engine": ENGINE, "torch": str(torch.__version__), "device": device.type, "kind": kind}
-    told |= numerics_of(device) | tiles
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    facts = {"engine": ENGINE, "torch": str(torch.__version__), "device": device.type, "kind": kind}
+    facts |= numerics_of(device) | tiles
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_precision(precision: str, codec: Codec | None) -> None:
@@ -269,8 +269,8 @@ def bf16_bits() -> str:
     random = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(count, 256, generator=random).bfloat16() for count in (64, 256))
     with single_threaded(), torch.inference_mode():
-        made = torch.nn.functional.linear(x, weight)
-    return hashlib.sha256(made.view(torch.int16).numpy().tobytes()).hexdigest()
+        product = torch.nn.functional.linear(x, weight)
+    return hashlib.sha256(product.view(torch.int16).numpy().tobytes()).hexdigest()
 
 
 def load(

@@ -39,7 +39,7 @@ REASONS = {
 
 
 def resolve(finished: asyncio.Future[None]) -> None:
-    """Wakes who waits, if anybody still does."""
+    """Wakes the waiting task, if it still waits."""
     if not finished.done():
         finished.set_result(None)
 
@@ -114,7 +114,7 @@ class Service:
     # --- from a request to an order ---
 
     async def order(self, request: GenerationRequest) -> Order:
-        """ApiError on what cannot be made."""
+        """ApiError: the model cannot make it."""
         served = await self.library.get(request.model)
         labels: Sequence[int | None]
         if request.class_label is not None:
@@ -160,7 +160,7 @@ class Service:
     # --- from an order to images ---
 
     def admit(self, order: Order) -> None:
-        """ApiError: 400 more than one request may be, 429 more than there is room for, 503 while draining."""
+        """ApiError: 400 too large for one request, 429 no room at present, 503 while draining."""
         if self.draining:
             raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
         limits, slots = self.settings, order.served.slots
@@ -189,7 +189,7 @@ class Service:
 
     @contextmanager
     def taken(self, order: Order) -> Iterator[None]:
-        """Counts an order among those that are being made, until its answer is encoded. ApiError as ``admit``."""
+        """Admits an order and counts its pixels until its answer is encoded. ApiError as ``admit``."""
         self.admit(order)
         self.pixels += order.pixels
         try:
@@ -235,7 +235,7 @@ class Service:
         return job
 
     def made(self, order: Order, job: Job) -> list[Made]:
-        """What became of each image. ApiError when there is not one."""
+        """What became of each image. ApiError when none came out."""
         common, pixels, images = order.text(), job.images.numpy(), []
         for i, (seed, label, outcome) in enumerate(zip(order.seeds, order.labels, job.outcomes, strict=True)):
             text = common | {"seed": str(seed), "label": "none" if label is None else str(label)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -179,6 +179,16 @@ def test_latents_alone_are_decoded(generator: Generator, slots: Slots) -> None:
     latents = torch.randn(50, 16, generator=torch.Generator().manual_seed(3))
     job = Waited(slots, 50, None, start=latents).wait()
     assert torch.equal(job.images, generator.decode(latents)[:, 0])
+
+
+def test_a_request_is_frozen_and_its_steps_do_not_depend_on_guidance(generator: Generator) -> None:
+    request = ImageRequest([1, 2], [3, None], SHORT)
+    with pytest.raises(FrozenInstanceError):
+        request.seeds = [4]  # type: ignore[misc]
+    course = generator.course(request)
+    assert generator.course(replace(request, sampling=replace(SHORT, guidance_scale=7.0))) is course
+    assert generator.course(replace(request, sampling=LONG)) is not course
+    assert request.rows(course.plan) == 2 * (3 + sum(step.guided for step in course.plan))
 
 
 def test_images_are_shown_while_they_are_denoised(generator: Generator, slots: Slots) -> None:
