@@ -16,7 +16,7 @@ from sampling import matrix_rate
 from ldm_ray.devices.device import numerics_of
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.engine.generator import Generator
-from ldm_ray.engine.jobs import Job
+from ldm_ray.engine.request import ImageRequest
 from ldm_ray.engine.slots import Slots
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec, PixelCodec
@@ -82,9 +82,8 @@ def company(bench: Bench) -> None:
             for first, size in ((1, 3), (7, 30), (most // 3, most // 2))
         ]  # fmt: skip
         slots = Slots(generator)
-        jobs = [Job(seeds=range(i, i + 5), labels=labels[i : i + 5], sampling=sampling) for i in range(0, 40, 5)]
-        for job in jobs:
-            slots.submit(job)
+        requests = [ImageRequest(range(i, i + 5), labels[i : i + 5], sampling) for i in range(0, 40, 5)]
+        jobs = [slots.submit(request) for request in requests]
         slots.close(drain_s=60)
         slotted = [torch.equal(job.images, whole[5 * i : 5 * i + 5, 0]) for i, job in enumerate(jobs)]
         same = all(alone) and all(parts) and all(slotted)

@@ -26,6 +26,7 @@ from ldm_ray.settings.sampling import DEFAULT_STEPS, SamplingConfig
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 DEFAULT_SPACING = "trailing"  # chosen with the steps by measurement: docs/sampling.md
+PLANS_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Step:
     """x0 = x0_from_xt·xt + x0_from_output·output; next = keep·xt + x0·x0 + before·(x0 a step ago) + earlier·(x0 two
     steps ago) + sigma·noise.
 
-    In a plan all are floats. For images at different steps they are columns (B, 1) float32, which give the bits
-    of the floats.
+    In a plan all are numbers. For images at different steps t is a row (B,) int64 and the weights are columns (B, 1)
+    float32, which give the bits of the numbers.
     """
 
-    t: int
+    t: int | Tensor
     x0_from_xt: float | Tensor
     x0_from_output: float | Tensor
     keep: float | Tensor
@@ -49,6 +50,7 @@ class Step:
 
 
 Plan = tuple[Step, ...]
+WEIGHTS = ("x0_from_xt", "x0_from_output", "keep", "x0", "before", "earlier", "sigma")  # the fields that are floats
 
 
 def ddpm(schedule: NoiseSchedule, transitions: Sequence[Transition], prediction_type: str = "epsilon") -> Plan:
@@ -157,7 +159,7 @@ def unipc(schedule: NoiseSchedule, transitions: Sequence[Transition], prediction
     return tuple(plan)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=PLANS_KEPT)
 def plan_of(schedule: NoiseSchedule, sampling: SamplingConfig, prediction_type: str = "epsilon") -> Plan:
     """The plan of some settings, with their defaults filled in. ConfigError: more steps than timesteps.
 
@@ -216,33 +218,43 @@ def advance(step: Step, latents: Tensor, output: Tensor, x0s: X0s, noise: Tensor
     device or a batch size would have fused them.
     """
     x0 = latents * step.x0_from_xt + output * step.x0_from_output
-    made = latents * step.keep + x0 * step.x0
-    for given, weight in ((x0s[0], step.before), (x0s[1], step.earlier), (noise, step.sigma)):
-        if isinstance(weight, Tensor) or weight:
-            assert given is not None
-            made = made + given * weight
-    return made, x0
+    total = latents * step.keep + x0 * step.x0
+    for term, weight in ((x0s[0], step.before), (x0s[1], step.earlier), (noise, step.sigma)):
+        if counts(weight):
+            assert term is not None
+            total = total + term * weight
+    return total, x0
+
+
+def counts(weight: float | Tensor) -> bool:
+    """Whether a term is added at all; a column is never looked into, which would wait for the device."""
+    return isinstance(weight, Tensor) or weight != 0
 
 
 def sample(
     denoise: Denoise,
-    plan: Plan,
+    steps: Sequence[Step],
     latents: Tensor,
     labels: Tensor,
     noise: Noise,
     denoise_guided: Denoise | None = None,
+    x0s: X0s = (None, None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Follows a plan from unit Gaussian latents (B, D), labels (B,).
+    """Takes steps, of a whole plan or of a part of it, from latents (B, D), labels (B,); unit Gaussian latents are
+    where a plan begins. The only loop that steps: whole plans and images at different steps both follow it.
 
     ``denoise(latents, t (B,) int64, labels)`` gives the model's output (B, D), in guided steps ``denoise_guided``;
-    ``noise(i)`` unit Gaussian noise (B, D) for step i = 1…S. Yields (latents after the step, x0 predicted in it); the
-    last latents are the samples. Stop iterating to cancel.
+    ``noise(i)`` unit Gaussian noise (B, D) for step i = 1…S; ``x0s`` what was predicted before a part of a plan.
+    Yields (latents after the step, x0 predicted in it); the last latents are the samples. Stop iterating to cancel.
     """
-    timesteps = sent(torch.tensor([step.t for step in plan]), latents.device)
-    x0s: X0s = None, None
-    for i, step in enumerate(plan):
-        chosen = denoise_guided if denoise_guided and step.guided else denoise
-        output = chosen(latents, timesteps[i].expand(len(latents)), labels)
-        latents, x0 = advance(step, latents, output, x0s, noise(i + 1) if step.sigma else None)
+    for i, (step, t) in enumerate(zip(steps, timesteps_of(steps, latents), strict=True), 1):
+        output = (denoise_guided if denoise_guided and step.guided else denoise)(latents, t, labels)
+        latents, x0 = advance(step, latents, output, x0s, noise(i) if counts(step.sigma) else None)
         x0s = x0, x0s[0]
         yield latents, x0
+
+
+def timesteps_of(steps: Sequence[Step], latents: Tensor) -> list[Tensor]:
+    """The timesteps (B,) int64 of each step, on the device; numbers go there together and are seen as one for all."""
+    rows = [step.t for step in steps if isinstance(step.t, Tensor)]
+    return rows or [t.expand(len(latents)) for t in sent(torch.tensor([step.t for step in steps]), latents.device)]

@@ -88,7 +88,7 @@ def to_come() -> int:
 
 def check_worker() -> None:
     """Where a worker starts: ConfigError in one line where Ray gave it a GPU that torch cannot use."""
-    if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+    if ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         cuda.check_visible()
 
 

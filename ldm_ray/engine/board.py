@@ -1,6 +1,6 @@
-"""The numbers behind ``slots.py``: where the state of every image is, and how a tile of them takes steps.
+"""The numbers behind ``slots.py``: the state of every image, and the steps that a tile of images takes.
 
-B rows of a tile (its size), n ≤ B images in it, D latent, N places on the board, K steps.
+B rows of a tile (its size), n ≤ B images in it, D latent, N places on the board, K steps of a leg.
 """
 
 from __future__ import annotations
@@ -15,70 +15,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_ray.data.images import to_uint8
 from ldm_ray.devices.device import sent
 from ldm_ray.diffusion.guidance import guided
 from ldm_ray.diffusion.noise import gaussian
-from ldm_ray.diffusion.samplers import Step, advance
+from ldm_ray.diffusion.samplers import WEIGHTS, Step, sample
 from ldm_ray.engine.generator import Generator, filled
-from ldm_ray.engine.jobs import Job, Outcome
+from ldm_ray.engine.jobs import Job
 
-TABLES_KEPT = 256
-AHEAD = 32, 4096  # steps that an image's noise is drawn for at a time, and numbers; two steps at least
-COEFFICIENTS = ("x0_from_xt", "x0_from_output", "keep", "x0", "before", "earlier", "sigma")
+AHEAD = 32, 4096  # at most so many steps of noise, and so many numbers, are drawn for an image at a time
 log = logging.getLogger(__name__)
 
 
 class Image:
-    """One image on its way: after ``step`` of its plan's steps, at ``place`` of the board."""
+    """An image between two steps: it has taken ``step`` of its plan's, and its state is at ``place`` of the board."""
 
-    __slots__ = ("drawn", "index", "job", "outcome", "place", "seed", "step")
+    __slots__ = ("drawn", "index", "job", "place", "step")
 
-    def __init__(self, job: Job, index: int, seed: int) -> None:
-        self.job, self.index, self.seed = job, index, seed
+    def __init__(self, job: Job, index: int) -> None:
+        self.job, self.index = job, index
         self.step = self.place = 0
         self.drawn = -1  # the first step whose noise is on the board; −1: none
-        self.outcome: Outcome | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.job.request.seeds[self.index]
 
 
 @dataclass
 class Tile:
-    """Images that step together; all of them guided, or none at first; or still ones, which are only decoded."""
+    """Images that are computed together. Either all begin guided, or all begin unguided, or all have taken their
+    last step and are only decoded."""
 
     images: list[Image]
     size: int
-    limit: int = 1  # steps at most; 0: still
+    limit: int = 1  # the most steps it may take; 0: only decoded
 
 
 @dataclass
 class Leg:
-    """What became of a tile's images."""
+    """What a tile did."""
 
-    taken: int = 0  # steps, by every one
-    guided: int = 0  # the last so many of them
-    done: list[Image] = field(default_factory=list)  # finished; image and latent are with their jobs
-    failed: list[Image] = field(default_factory=list)  # finished as numbers that are not finite
-    shown: list[tuple[Image, Tensor]] = field(default_factory=list)  # with the image predicted so far (H, W) uint8
+    taken: int = 0  # steps of each image
+    guided: int = 0  # how many of these were guided
+    done: list[Image] = field(default_factory=list)  # finished; pixels and latents are in their jobs
+    failed: list[Image] = field(default_factory=list)  # finished, but as numbers that are not finite
+    shown: list[tuple[Image, Tensor]] = field(default_factory=list)  # with the pixels (H, W) uint8 predicted so far
 
 
 def tiles_of(images: Sequence[Image], size_for: Callable[[int], int], limit: int = 1) -> list[Tile]:
-    """Images in tiles, those of one plan and step side by side."""
+    """Images in tiles, those at the same step of the same course side by side."""
     tiles: list[Tile] = []
-    still = [image for image in images if image.step == len(image.job.plan)]
-    moving = [image for image in images if image.step < len(image.job.plan)]
+    still = [image for image in images if image.step == image.job.steps]
+    moving = [image for image in images if image.step < image.job.steps]
     unguided = [image for image in moving if image.step < image.job.guided_from]
     guided = [image for image in moving if image.step >= image.job.guided_from]
     for chosen, steps in ((still, 0), (unguided, limit), (guided, limit)):
         if not chosen:
             continue
-        chosen.sort(key=lambda image: (image.job.plan_id, image.step))
+        chosen.sort(key=course_and_step)
         size = size_for(len(chosen))
         tiles += [Tile(chosen[i : i + size], size, steps) for i in range(0, len(chosen), size)]
     return tiles
 
 
+def course_and_step(image: Image) -> tuple[int, int]:
+    return id(image.job.course), image.step
+
+
 class Board:
-    """The state of all images, a place each; places are used again."""
+    """The state of all images, each at a place of its own; places are used again."""
 
     def __init__(self, generator: Generator) -> None:
         self.generator, self.device, self.dim = generator, generator.device, generator.codec.latent_dim
@@ -86,7 +91,6 @@ class Board:
         self.changed = False  # set from any thread: running legs end after their step
         self.next_deadline: float | None = None
         self._free: list[int] = []
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode():
             self.latents = torch.zeros(0, self.dim, device=self.device)  #       (N, D)
             self.x0s = torch.zeros(0, 2, self.dim, device=self.device)  #     (N, 2, D) predicted one and two steps ago
@@ -96,25 +100,28 @@ class Board:
 
     @torch.inference_mode()
     def join(self, images: list[Image]) -> None:
-        """Gives images their places, labels and given latents; others' are drawn in their first leg."""
+        """Gives images places, labels and the latents that they start from; noise is drawn in their first leg."""
         while len(self._free) < len(images):
             self._grow(2 * len(self.latents))
         for image in images:
             image.place = self._free.pop()
         places = self._places(images)
         self.x0s[places] = 0.0
-        self.labels[places] = self.generator.labels_of([image.job.labels[image.index] for image in images])
+        self.labels[places] = self.generator.labels_of([image.job.request.labels[image.index] for image in images])
         for image in images:
-            if image.job.start is not None:
-                self.latents[image.place] = sent(image.job.start[image.index], self.device)
+            start = image.job.request.start
+            if start is not None:
+                self.latents[image.place] = sent(start[image.index], self.device)
 
     def leave(self, images: list[Image]) -> None:
         self._free += [image.place for image in images]
 
     def leg(self, tile: Tile) -> Leg | None:
-        """Steps of a tile's images, at least 1 and at most its limit: until an image is finished or to be shown,
-        some but not all become guided, something changed, or a deadline came. What is finished or to be shown is
-        decoded. None: an error, which is logged."""
+        """Takes steps with a tile's images and decodes those that are finished or shown. None: an error, logged.
+
+        It takes at least one step, at most the tile's limit, and ends earlier when an image is finished or shown,
+        when some images become guided and others do not, when something changed, and at a deadline.
+        """
         try:
             leg = self._steps(tile) if tile.limit else Leg()
             for image in tile.images:
@@ -133,125 +140,109 @@ class Board:
         if len(unguided) > 1:
             limit = min(limit, *unguided)
         switch = min(unguided)
-        runs = [list(run) for _, run in groupby(images, key=lambda image: (image.job.plan_id, image.step))]
         self._draw(images)
-        noisy = any(run[0].job.noisy for run in runs)
-        if noisy:
-            limit = min(limit, min(i.drawn + self.ahead - i.step - 1 for i in images if i.job.noisy))
+        noisy = [image for image in images if image.job.course.noisy]
+        limit = min([limit, *(image.drawn + self.ahead - image.step - 1 for image in noisy)])
         places = self._places(images)
         rows = filled(places, size)
-        xt, labels = self.latents[rows], self.labels[rows]  # (B, D), (B,)
-        before, earlier = self.x0s[rows].unbind(dim=1)  #     (B, D) each
-        first = self._sent([i.step + 1 - i.drawn if i.job.noisy else 0 for i in images])
-        offsets = filled(first, size)[:, None] + torch.arange(limit, device=self.device)  # (B, K)
-        # of the images without noise any numbers are taken, times 0
-        noise = self.noise[rows[:, None], offsets.clamp_(max=self.ahead - 1)].unbind(dim=1) if noisy else [None] * limit
-        timesteps, steps = self._uniform(runs[0][0], limit, size) if len(runs) == 1 else self._mixed(runs, limit, size)
+        noise = self._noise_of(images, rows, limit) if noisy else []
+        runs = [list(run) for _, run in groupby(images, key=course_and_step)]
+        first = images[0]
+        alike = len(runs) == 1
+        steps = first.job.course.plan[first.step :][:limit] if alike else self._side_by_side(runs, limit, switch, size)
         plain = self.generator.denoiser
-        denoise_guided = guided(plain, self._scale(tile), self.generator.null_label) if switch < limit else plain
-        taken = 0
-        while True:
-            output = (plain if taken < switch else denoise_guided)(xt, timesteps[taken], labels)
-            xt, x0 = advance(steps[taken], xt, output, (before, earlier), noise[taken])
+        denoise_guided = guided(plain, self._scale(tile), self.generator.null_label) if switch < limit else None
+        latents, (before, earlier) = self.latents[rows], self.x0s[rows].unbind(dim=1)  # (B, D) each
+        x0s = before, earlier
+        path = sample(plain, steps, latents, self.labels[rows], lambda i: noise[i - 1], denoise_guided, x0s)
+        for taken, (latents, x0) in enumerate(path, 1):  # noqa: B007
             before, earlier = x0, before
-            taken += 1
-            if taken == limit or self.changed:
+            if self.changed or (self.next_deadline is not None and time.monotonic() >= self.next_deadline):
                 break
-            if self.next_deadline is not None and time.monotonic() >= self.next_deadline:
-                break
-        self.latents[places] = xt[: len(images)]
+        self.latents[places] = latents[: len(images)]
         self.x0s[places] = torch.stack([before, earlier], dim=1)[: len(images)]
         return Leg(taken, guided=max(0, taken - switch))
 
     @torch.inference_mode()
     def _decode(self, tile: Tile, leg: Leg) -> None:
-        """Decodes what is finished or to be shown, in the thread of the tile, and gives it to the jobs."""
-        finished = [image for image in tile.images if image.step == len(image.job.plan)]
-        shown = [image for image in tile.images if image.step in image.job.show and image.step]
+        """Decodes what is finished or shown, in the thread of the tile, and gives it to the jobs."""
+        finished = [image for image in tile.images if image.step == image.job.steps]
+        shown = [image for image in tile.images if image.step in image.job.request.show and image.step]
         if not finished and not shown:
             return
         latents = torch.cat([self.latents[self._places(finished)], self.x0s[self._places(shown), 0]])
-        made = torch.cat([self.generator._decode(tile.size, part) for part in latents.split(tile.size)])
-        finite = torch.isfinite(made).flatten(1).all(dim=1).tolist()
-        pictures, latents = to_uint8(made.nan_to_num())[:, 0].cpu(), latents.cpu()
+        parts = [self.generator.decode_tile(part, tile.size) for part in latents.split(tile.size)]
+        decoded, are_finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        finite, pictures, latents = are_finite.tolist(), decoded[:, 0].cpu(), latents.cpu()
         fine = [i for i in range(len(finished)) if finite[i]]
         for _, run in groupby(fine, key=lambda i: id(finished[i].job)):
             rows = list(run)
-            job, there = finished[rows[0]].job, [finished[i].index for i in rows]
-            job.images[there], job.latents[there] = pictures[rows], latents[rows]
+            job, indices = finished[rows[0]].job, [finished[i].index for i in rows]
+            job.images[indices], job.latents[indices] = pictures[rows], latents[rows]
         leg.done = [finished[i] for i in fine]
         leg.failed = [image for image, good in zip(finished, finite, strict=False) if not good]
         leg.shown = list(zip(shown, pictures[len(finished) :], strict=True))
 
     def _until_stop(self, image: Image) -> int:
-        """Steps until an image is finished or to be shown."""
-        stops = [*image.job.show, len(image.job.plan)]
+        """Steps until an image is finished or shown."""
+        stops = [*image.job.request.show, image.job.steps]
         return min(step for step in stops if step > image.step) - image.step
 
     def _draw(self, images: list[Image]) -> None:
-        """Draws what images begin with, and the noise of the coming steps for noisy ones that have none left.
+        """Draws the latents that images begin with, and noise for the coming steps of those that have none left.
 
-        In the thread of the tile, and both in one go: few seeds cost as much as their numbers.
+        It runs in the thread of the tile, and draws both in one call: for a few images the call itself is what
+        takes the time.
         """
 
         def needs(image: Image) -> tuple[bool, bool, int]:
-            """(what it begins with, noise, step)"""
+            """(whether it begins with noise, whether it needs more, its step)"""
             empty = image.drawn < 0 or image.step + 1 >= image.drawn + self.ahead
-            return image.step == 0 and image.job.start is None, image.job.noisy and empty, image.step
+            return image.step == 0 and image.job.request.start is None, image.job.course.noisy and empty, image.step
 
         for (start, noise, step), run in groupby(sorted(images, key=needs), key=needs):
             if not start and not noise:
                 continue
             group = list(run)
             seeds = self._sent([image.seed for image in group])
-            count = min(self.ahead, max(len(image.job.plan) for image in group) - step) if noise else 0
-            drawn = gaussian(seeds, step if start else step + 1, self.dim, count + start)
+            count = min(self.ahead, max(image.job.steps for image in group) - step) if noise else 0
+            numbers = gaussian(seeds, step if start else step + 1, self.dim, count + start)
             if start:
-                self.latents[self._places(group)] = drawn[0]
+                self.latents[self._places(group)] = numbers[0]
             if noise:
-                self.noise[self._places(group), :count] = drawn[int(start) :].transpose(0, 1)
+                self.noise[self._places(group), :count] = numbers[int(start) :].transpose(0, 1)
                 for image in group:
                     image.drawn = step + 1
 
-    def _uniform(self, image: Image, limit: int, size: int) -> tuple[list[Tensor], Sequence[Step]]:
-        """Timesteps (B,) and coefficients for each of ``limit`` steps, all images at the same step of one plan."""
-        steps = image.job.plan[image.step : image.step + limit]
-        return [t.expand(size) for t in self._sent([step.t for step in steps])], steps
+    def _noise_of(self, images: list[Image], rows: Tensor, limit: int) -> Sequence[Tensor]:
+        """Noise (B, D) of each of ``limit`` steps; images without noise get any numbers, to be multiplied by 0."""
+        first = self._sent([image.step + 1 - image.drawn if image.job.course.noisy else 0 for image in images])
+        offsets = filled(first, len(rows))[:, None] + torch.arange(limit, device=self.device)  # (B, K)
+        return self.noise[rows[:, None], offsets.clamp_(max=self.ahead - 1)].unbind(dim=1)
 
-    def _mixed(self, runs: list[list[Image]], limit: int, size: int) -> tuple[list[Tensor], Sequence[Step]]:
-        """The same with coefficients in columns (B, 1)."""
-        t, table = [], []
+    def _side_by_side(self, runs: list[list[Image]], limit: int, switch: int, size: int) -> list[Step]:
+        """``limit`` steps with timesteps (B,) and weights in columns (B, 1), guided from the ``switch``-th on."""
+        rows, weights = [], []
         for run in runs:
-            timesteps, coefficients = self._table(run[0].job)
-            rows = slice(run[0].step, run[0].step + limit)
-            t.append(timesteps[rows].expand(len(run), limit))
-            table.append(coefficients[rows].expand(len(run), limit, len(COEFFICIENTS)))
-        times = sent(filled(torch.cat(t), size).T.contiguous(), self.device)  # (K, B)
-        columns = filled(torch.cat(table), size).permute(1, 2, 0).unsqueeze(-1)  # (K, 7, B, 1)
-        used = columns.flatten(2).any(dim=2).tolist()  # where all are 0, the term is left out
+            timesteps, table = run[0].job.course.table
+            coming = slice(run[0].step, run[0].step + limit)
+            rows.append(timesteps[coming].expand(len(run), limit))
+            weights.append(table[coming].expand(len(run), limit, len(WEIGHTS)))
+        times = sent(filled(torch.cat(rows), size).T.contiguous(), self.device)  # (K, B)
+        columns = filled(torch.cat(weights), size).permute(1, 2, 0).unsqueeze(-1)  # (K, 7, B, 1)
+        used = columns.flatten(2).any(dim=2).tolist()  # a weight that is 0 for all is the number 0: no term
         columns = sent(columns, self.device)
         steps = []
         for k in range(limit):
             named: dict[str, Any] = {
-                name: columns[k, j] if used[k][j] or j < 4 else 0.0 for j, name in enumerate(COEFFICIENTS)
+                name: columns[k, j] if used[k][j] or j < 4 else 0.0 for j, name in enumerate(WEIGHTS)
             }
-            steps.append(Step(t=0, **named))
-        return list(times), steps
-
-    def _table(self, job: Job) -> tuple[Tensor, Tensor]:
-        """(timesteps (S,), coefficients (S, 7) float32) of a job's plan, on the CPU, where tiles are put together."""
-        found = self._tables.get(job.plan_id)
-        if found is None:
-            if len(self._tables) > TABLES_KEPT:
-                self._tables = {}
-            numbers = torch.tensor([[getattr(step, name) for name in COEFFICIENTS] for step in job.plan])
-            times = torch.tensor([step.t for step in job.plan])
-            found = self._tables[job.plan_id] = (times, numbers.float())
-        return found
+            steps.append(Step(times[k], **named, guided=k >= switch))
+        return steps
 
     def _scale(self, tile: Tile) -> float | Tensor:
         """The guidance of a tile: one number, or a column (B, 1)."""
-        scales = [image.job.scale for image in tile.images]
+        scales = [image.job.request.guidance_scale for image in tile.images]
         if min(scales) == max(scales):
             return scales[0]
         return filled(sent(torch.tensor(scales, dtype=torch.float32), self.device)[:, None], tile.size)

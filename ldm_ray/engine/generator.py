@@ -20,8 +20,9 @@ from ldm_ray.data.images import to_uint8
 from ldm_ray.devices.device import numerics_of, sent, settle
 from ldm_ray.diffusion.guidance import guided
 from ldm_ray.diffusion.noise import AHEAD, ImageNoise
-from ldm_ray.diffusion.samplers import Denoise, Plan, plan_of, sample
+from ldm_ray.diffusion.samplers import Denoise, Plan, sample
 from ldm_ray.diffusion.schedule import NoiseSchedule
+from ldm_ray.engine.request import STILL, Course, ImageRequest, course_of
 from ldm_ray.engine.tabled import TabledDenoiser, for_sampling
 from ldm_ray.engine.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles, single_threaded, within_room
 from ldm_ray.files.paths import AnyPath, to_path
@@ -30,7 +31,6 @@ from ldm_ray.models.conditioning import ConditionedDenoiser
 from ldm_ray.models.registry import REGISTRY
 from ldm_ray.models.unet import UNet
 from ldm_ray.settings.errors import CheckpointError, ConfigError
-from ldm_ray.settings.limits import MAX_SEED
 from ldm_ray.settings.sampling import SamplingConfig
 from ldm_ray.terminal.progress import Progress
 from ldm_ray.terminal.text import shown
@@ -90,7 +90,7 @@ class Generator:
         return made
 
     def in_turn(self, count: int, only: int | None = None) -> list[int]:
-        """Labels of so many images: each class of which there were images in turn, or one alone."""
+        """Labels of so many images: the classes that it was trained on in turn, or ``only`` that one."""
         return [self.labels[i % len(self.labels)] if only is None else only for i in range(count)]
 
     @property
@@ -113,8 +113,8 @@ class Generator:
 
         An image's bytes follow from its own seed and label, the settings, the checkpoint and ``fingerprint``,
         whatever is made with it. watch(i, step, x0_pred (n, D)) is called after every step of the n images from
-        the i-th, in their thread. Raises ConfigError on settings, seeds or labels
-        that cannot be, CheckpointError with the seeds whose numbers are not finite.
+        the i-th, in their thread. ConfigError: seeds, labels or settings that the model cannot take; CheckpointError:
+        images that are not finite, with their seeds.
         """
         images, finite = self.make(seeds, labels, sampling, watch)
         if not bool(finite.all()):
@@ -132,33 +132,47 @@ class Generator:
         sampling: SamplingConfig = DEFAULT,
         watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(images, finite (B,) bool): as above, but one that is not finite takes nothing from the others."""
+        """(images, finite (B,) bool): the same, but images that are not finite are marked rather than an error."""
         parts = self._tiled(seeds, labels, sampling, watch, decode=True)
         images, finite = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         return images, finite
 
     def latents(self, seeds: Sequence[int], labels: Sequence[int | None], sampling: SamplingConfig = DEFAULT) -> Tensor:
-        """Whitened latents (B, D) float32, what ``decode`` makes the images of."""
+        """Whitened latents (B, D) float32, from which ``decode`` makes the images."""
         with self.progress(f"making {len(seeds):,} latents", len(seeds), sampling) as progress:
             return torch.cat([part[0] for part in self._tiled(seeds, labels, sampling, progress.watch, decode=False)])
 
     def progress(self, what: str, count: int, sampling: SamplingConfig) -> Progress:
-        """To show how far so many images are, by its ``watch``. ConfigError on settings that cannot be."""
-        return Progress(what, count * len(plan_of(self.schedule, sampling, self.prediction_type)))
+        """A display of progress for so many images, whose ``watch`` moves it. ConfigError as ``plan``."""
+        return Progress(what, count * len(self.plan(sampling)))
+
+    def plan(self, sampling: SamplingConfig) -> Plan:
+        """The steps that these settings take. ConfigError: more than the model has timesteps."""
+        return course_of(self.schedule, sampling, self.prediction_type).plan
+
+    def course(self, request: ImageRequest) -> Course:
+        """A request's steps, once it is checked against this model. ConfigError: the model cannot make it."""
+        request.check(self.num_classes, self.codec.latent_dim)
+        return STILL if request.sampling is None else course_of(self.schedule, request.sampling, self.prediction_type)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Whitened latents (B, D) → images (B, 1, H, W) uint8 on the CPU. CheckpointError when not finite."""
         size = self.tiles.size_for(len(latents))
-        images = torch.cat(self.tiles.map(partial(self._decode, size), latents.to(self.device).split(size)))
-        if not bool(torch.isfinite(images).all()):
+        parts = self.tiles.map(partial(self.decode_tile, size=size), latents.to(self.device).split(size))
+        images, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not bool(finite.all()):
             raise CheckpointError("decoding gave numbers that are not finite: latents or weights are unusable")
-        return to_uint8(images).cpu()
+        return images.cpu()
+
+    @torch.inference_mode()
+    def decode_tile(self, latents: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Whitened latents (n, D) of at most ``size`` images → (images (n, 1, H, W) uint8, finite (n,) bool), on the
+        device and in one tile of this size."""
+        pixels = self.codec.decode(filled(latents, size))[: len(latents)]
+        return to_uint8(pixels.nan_to_num()), all_finite(pixels)
 
     def labels_of(self, labels: Sequence[int | None]) -> Tensor:
-        """(B,) int64; None is unconditional. ConfigError on a label outside the classes."""
-        for label in labels:
-            if label is not None and not 0 <= label < self.num_classes:
-                raise ConfigError(f"label {label} is outside 0 to {self.num_classes - 1}")
+        """(B,) int64 on the device; None becomes the label that is unconditional."""
         return sent(torch.tensor([self.null_label if label is None else label for label in labels]), self.device)
 
     def _tiled(
@@ -169,19 +183,14 @@ class Generator:
         watch: Watch | None,
         decode: bool,
     ) -> list[tuple[Tensor, Tensor]]:
-        if not len(seeds) or len(seeds) != len(labels):
-            raise ConfigError(f"{len(seeds)} seeds and {len(labels)} labels: as many of each, at least one")
-        if any(not 0 <= seed <= MAX_SEED for seed in seeds):
-            raise ConfigError(f"a seed is 0 to {MAX_SEED}")
-        wanted = self.labels_of(labels)
-        plan = plan_of(self.schedule, sampling, self.prediction_type)
+        plan = self.course(ImageRequest(seeds, labels, sampling)).plan
         denoiser, tiles = self._in_bf16 if sampling.precision == "bf16" else (self.denoiser, self.tiles)
         denoisers = denoiser, guided(denoiser, sampling.guidance_scale, self.null_label)
         size = tiles.size_for(len(seeds))
-        drawn = sent(torch.tensor(seeds, dtype=torch.int64), self.device)
+        rows = sent(torch.tensor(seeds, dtype=torch.int64), self.device), self.labels_of(labels)  # (B,) each
 
         def work(first: int) -> tuple[Tensor, Tensor]:
-            tile = drawn[first : first + size], wanted[first : first + size]
+            tile = rows[0][first : first + size], rows[1][first : first + size]
             return self._tile(size, first, *tile, plan, denoisers, watch, decode)
 
         return tiles.map(work, range(0, len(seeds), size))
@@ -209,13 +218,10 @@ class Generator:
             if watch is not None:
                 watch(first, step, state[1][:count])
         latents = state[0]
-        made = (self.codec.decode(latents) if decode else latents)[:count]
-        finite = torch.isfinite(made).flatten(1).all(dim=1)
-        return to_uint8(made.nan_to_num()) if decode else made, finite
-
-    @torch.inference_mode()
-    def _decode(self, size: int, latents: Tensor) -> Tensor:
-        return self.codec.decode(filled(latents, size))[: len(latents)]
+        if not decode:
+            return latents[:count], all_finite(latents[:count])
+        images, finite = self.decode_tile(latents, size)
+        return images[:count], finite[:count]
 
     @cached_property
     def _in_bf16(self) -> tuple[Denoise, Tiles]:
@@ -240,9 +246,9 @@ def fingerprint_of(device: torch.device, precision: str = "fp32") -> str:
         tiles = {"tiles": [SIZES["cuda"][-1], PIXEL_SIZES["cuda"][-1]]}
     elif precision == "bf16":
         kind += bf16_bits()
-    told = {"engine": ENGINE, "torch": str(torch.__version__), "device": device.type, "kind": kind}
-    told |= numerics_of(device) | tiles
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    facts = {"engine": ENGINE, "torch": str(torch.__version__), "device": device.type, "kind": kind}
+    facts |= numerics_of(device) | tiles
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_precision(precision: str, codec: Codec | None) -> None:
@@ -259,8 +265,8 @@ def bf16_bits() -> str:
     random = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(count, 256, generator=random).bfloat16() for count in (64, 256))
     with single_threaded(), torch.inference_mode():
-        made = torch.nn.functional.linear(x, weight)
-    return hashlib.sha256(made.view(torch.int16).numpy().tobytes()).hexdigest()
+        product = torch.nn.functional.linear(x, weight)
+    return hashlib.sha256(product.view(torch.int16).numpy().tobytes()).hexdigest()
 
 
 def load(
@@ -283,6 +289,11 @@ def load(
         log.info("autoencoder: %s, found by its recorded type; --ae-ckpt names another", found)
         loaded = load_diffusion(path, found, force)
     return loaded
+
+
+def all_finite(rows: Tensor) -> Tensor:
+    """(n, …) → (n,) bool."""
+    return torch.isfinite(rows).flatten(1).all(dim=1)
 
 
 def filled(rows: Tensor, size: int) -> Tensor:

@@ -1,15 +1,13 @@
-"""What the slots are given, and what comes of it. n images of a job, D latent."""
+"""How far the images of a request are. n images of a request, D latent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from enum import Enum
 
 from torch import Tensor
 
-from ldm_ray.diffusion.samplers import Plan, denoiser_rows
-from ldm_ray.settings.sampling import SamplingConfig
+from ldm_ray.engine.request import Course, ImageRequest
 
 
 class Outcome(Enum):
@@ -21,41 +19,29 @@ class Outcome(Enum):
     EXPIRED = "expired"  # the deadline came first
 
 
-@dataclass(eq=False, kw_only=True)
+OnImage = Callable[[int, int, Tensor], None]
+
+
 class Job:
-    """The images of one request.
+    """The progress of one request. The slots alone write to it; ``cancel`` of the slots ends it early."""
 
-    start: latents (n, D) to begin from instead of the seeds' noise; with ``sampling=None`` they are only decoded.
-    show: after which steps (1…S) the image predicted so far is handed to ``on_image(i, step, image (H, W) uint8)``.
-    deadline: a ``time.monotonic()``. ``on_done(job)`` comes once, when every image has its outcome. Both are called
-    in the thread of the slots and are to be quick.
-    """
+    images: Tensor  #  (n, H, W) uint8, zeros where there is none; like the latents, from the first round on
+    latents: Tensor  # (n, D) float32, whitened
 
-    seeds: Sequence[int]
-    labels: Sequence[int | None]
-    sampling: SamplingConfig | None
-    start: Tensor | None = None
-    show: Collection[int] = ()
-    deadline: float | None = None
-    on_image: Callable[[int, int, Tensor], None] | None = None
-    on_done: Callable[[Job], None] | None = None
-
-    outcomes: list[Outcome | None] = field(init=False)
-    images: Tensor = field(init=False)  # (n, H, W) uint8, zeros where there is none
-    latents: Tensor = field(init=False)  # (n, D) float32, whitened
-    steps_done: int = field(default=0, init=False)  # of all images together
-    cancelled: bool = field(default=False, init=False)
-    open: int = field(default=0, init=False)  # images without an outcome
-    plan: Plan = field(default=(), init=False, repr=False)
-    plan_id: int = field(default=0, init=False, repr=False)
-    noisy: bool = field(default=False, init=False)  # whether any step adds noise
-    guided_from: int = field(default=0, init=False)  # the first guided step; the number of steps where there is none
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.sampling is None else self.sampling.guidance_scale
-
-    @property
-    def work(self) -> int:
-        """Denoiser rows that the whole job takes, at least n."""
-        return len(self.seeds) * denoiser_rows(self.plan, self.scale)
+    def __init__(
+        self,
+        request: ImageRequest,
+        course: Course,
+        deadline: float | None = None,
+        on_image: OnImage | None = None,
+        on_done: Callable[[Job], None] | None = None,
+    ) -> None:
+        count, steps = len(request.seeds), len(course.plan)
+        self.request, self.course, self.steps = request, course, steps
+        self.deadline, self.on_image, self.on_done = deadline, on_image, on_done
+        self.work = request.rows(course.plan)
+        self.guided_from = steps if request.guidance_scale == 1 else course.guided_from  # the first guided step
+        self.outcomes: list[Outcome | None] = [None] * count
+        self.open = count  # images without an outcome
+        self.steps_done = 0  # of all images together
+        self.cancelled = False

@@ -66,12 +66,11 @@ class TabledDenoiser:
 
     @torch.inference_mode()
     def in_bf16(self) -> TabledDenoiser:
-        """The same with the layers' H × H matrices, and what they are multiplied with, in bfloat16; all else as it was.
-
-        Sums inside a product are float32. Tables are shared."""
-        made = copy.copy(self)
-        made._set(*self.weights[:AROUND], *(weight.bfloat16() for weight in self.weights[AROUND:]))
-        return made
+        """The same with the layers' H × H matrices and their inputs in bfloat16; all else stays float32, even the sums
+        inside a product. The tables are shared."""
+        other = copy.copy(self)
+        other._set(*self.weights[:AROUND], *(weight.bfloat16() for weight in self.weights[AROUND:]))
+        return other
 
     @torch.inference_mode()
     def __call__(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ class TabledDenoiser:
 
 
 def one_timestep(xt: Tensor, t: Tensor, labels: Tensor, by_time: Tensor, by_label: Tensor, weights: Weights) -> Tensor:
-    """t is the same for all rows: added before the labels are looked up."""
+    """t is the same for all rows, so its row of the table is added before the labels are looked up."""
     tables = by_time.index_select(0, t[:1])[0].unsqueeze(1) + by_label  # (L, C + 1, 2H)
     return run_layers(xt, (table.index_select(0, labels) for table in tables.unbind()), weights)
 
@@ -94,7 +93,7 @@ def several_timesteps(
 
 
 def run_layers(xt: Tensor, films: Iterable[Tensor], weights: Weights) -> Tensor:
-    """films: (B, 2H) each, of one layer at a time, so that it stays in the cache."""
+    """films: (B, 2H) each, computed one layer at a time so that each stays in the processor's cache."""
     unscaled, in_proj, out_norm, out_proj, *linears = zip(weights[::2], weights[1::2], strict=True)
     h = F.silu(F.linear(xt, *in_proj))  # (B, H)
     x, shape = h, h.shape[1:]
@@ -116,12 +115,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def in_one_call(function: Callable[..., Tensor], by_time: Tensor, by_label: Tensor, weights: Weights) -> Any:
-    """The function as a TorchScript graph on a CPU: the same operations with no Python between them. Threads that
-    run tiles side by side hand over Python's lock at every operation otherwise, which costs small tiles half their
-    time. The function itself on other devices, and where PyTorch cannot (TorchScript is deprecated there) or
-    makes other bits.
+    """The function as a TorchScript graph on a CPU: the same operations, without Python between them.
 
-    PyTorch never lets go of a graph, so it holds no weights and is made once for all networks of a shape and precision.
+    Threads that compute tiles side by side would otherwise pass Python's lock around at every operation, which
+    doubles the time of small tiles. It stays the plain function on other devices, where PyTorch cannot trace it
+    (TorchScript is deprecated) and where the graph's bits differ.
+
+    PyTorch never frees a graph, so a graph holds no weights, and all networks of one shape and precision share it.
     """
     if by_time.device.type != "cpu":
         return function
@@ -134,15 +134,15 @@ def in_one_call(function: Callable[..., Tensor], by_time: Tensor, by_label: Tens
 def traced(function: Callable[..., Tensor], by_time: Tensor, by_label: Tensor, weights: Weights) -> Any:
     random = torch.Generator().manual_seed(0)
     zeros = torch.zeros(TRACED_WITH, dtype=torch.int64)
-    given = torch.randn(TRACED_WITH, weights[2].shape[1], generator=random), zeros, zeros, by_time, by_label, weights
+    inputs = torch.randn(TRACED_WITH, weights[2].shape[1], generator=random), zeros, zeros, by_time, by_label, weights
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is deprecated
-            graph = torch.jit.trace(function, given, check_trace=False)
-        wanted = function(*given)
-        if all(torch.equal(graph(*given).nan_to_num(), wanted.nan_to_num()) for _ in range(3)):  # it optimises itself
+            graph = torch.jit.trace(function, inputs, check_trace=False)
+        wanted = function(*inputs)
+        if all(torch.equal(graph(*inputs).nan_to_num(), wanted.nan_to_num()) for _ in range(3)):  # it optimises itself
             return graph
-        log.info("TorchScript makes other bits than PyTorch here: it is left out")
+        log.info("TorchScript gives other bits than PyTorch here, so it is not used")
     except (RuntimeError, AttributeError) as error:
         log.info("no TorchScript: %s", str(error).partition("\n")[0])
     return function

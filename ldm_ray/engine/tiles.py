@@ -1,9 +1,8 @@
 """Fixed-size tiles: the reason why an image's bytes do not depend on what else is made with it.
 
-A matrix product may choose another order of summation for another number of rows or threads. So images are
-computed in tiles of a few fixed sizes, filled up where images are missing, each by one thread whatever the number
-of cores. A size below the largest is used only where a check on this machine found that its bits are those of
-the largest.
+A matrix product may sum in another order when the number of rows or threads changes. So images are computed in tiles
+of a few fixed sizes, filled up where images are missing, each by one thread however many cores there are. A size
+below the largest is used only if a check on this machine shows that it gives the bits of the largest.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from torch import Tensor
 Sizes = dict[str, tuple[int, ...]]
 SIZES: Sizes = {"cpu": (4, 8, 16, 32, 64, 128, 256), "mps": (16, 64, 256), "cuda": (64, 1024)}
 PIXEL_SIZES: Sizes = {"cpu": (1, 2, 4, 8, 16, 32), "mps": (4, 16, 64), "cuda": (16, 128, 1024)}  # a U-Net's
-ROOM = 2**24  # numbers of a layer's output for a whole tile, on a CPU
-WHOLE, PIXEL_WHOLE = 8, 1  # images up to which one thread is faster alone
+ROOM = 2**24  # the most numbers in a layer's output for one tile, on a CPU
+WHOLE, PIXEL_WHOLE = 8, 1  # so few images are faster in one tile than divided among threads
 A = TypeVar("A")
 R = TypeVar("R")
 Compute = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
 
 
 def within_room(sizes: Sizes, numbers: int) -> Sizes:
-    """Without those whose tiles take too much memory at so many numbers an image; 28×28 pixels have room for all."""
+    """The sizes whose tiles fit in memory when an image takes so many numbers; 28×28 pixels fit in all of them."""
     return sizes | {"cpu": tuple(size for i, size in enumerate(sizes["cpu"]) if not i or size * numbers <= ROOM)}
 
 
 class Tiles:
-    """compute(latents (n, D), t (n,) int64, labels (n,) int64) → tensors (n, …): all work whose bits could
-    depend on n."""
+    """Work in tiles. compute(latents (n, D), t (n,) int64, labels (n,) int64) → tensors (n, …) is everything whose
+    bits could depend on n; sizes are checked with it."""
 
     def __init__(
         self, compute: Compute, dim: int, device: torch.device, sizes: Sizes = SIZES, whole: int = WHOLE
@@ -48,20 +47,20 @@ class Tiles:
         self._lock = threading.Lock()
 
     def size_for(self, count: int) -> int:
-        """Images per tile for so many images: the smallest size that gives no thread a second tile, and divides no
-        more than are worth dividing."""
+        """The size of tile for so many images: the smallest with which every thread gets one tile at most, and with
+        which ``whole`` images or fewer stay in one tile."""
         share = max(-(-count // self.threads), min(count, self.whole))
         return next((size for size in self.sizes if size >= share and self.is_equal(size)), self.sizes[-1])
 
     def is_equal(self, size: int) -> bool:
-        """Whether tiles of this size give the bits of the largest; found out when first asked."""
+        """Whether tiles of this size give the bits of the largest; checked at the first call."""
         with self._lock:
             if size not in self._equal:
                 self._equal[size] = self.map(self._compare, [size])[0]
             return self._equal[size]
 
     def map(self, work: Callable[[A], R], items: Iterable[A]) -> list[R]:
-        """work on every item, as many at a time as there are threads; results in order."""
+        """Results of work on every item, in order; each thread works on one item at a time."""
         with single_threaded():
             return list(self.pool.map(work, items))
 
@@ -74,8 +73,8 @@ class Tiles:
         self._wanted = self._wanted or self.compute(latents, t.expand(largest), labels)
         for start in {0, (largest - size) // 2, largest - size}:
             rows = slice(start, start + size)
-            found = self.compute(latents[rows].clone(), t.expand(size), labels[rows].clone())
-            if not all(torch.equal(made, wanted[rows]) for made, wanted in zip(found, self._wanted, strict=True)):
+            tensors = self.compute(latents[rows].clone(), t.expand(size), labels[rows].clone())
+            if not all(torch.equal(part, whole[rows]) for part, whole in zip(tensors, self._wanted, strict=True)):
                 return False
         return True
 
@@ -87,8 +86,8 @@ _threads_before = 1
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """PyTorch and the matrix library under it, whose setting is the whole process's, use one thread per call
-    inside; the last to leave restores what was before."""
+    """Inside, PyTorch and its matrix library use one thread per call. The setting is the whole process's; the last to
+    leave restores it."""
     global _inside, _threads_before
     with _lock:
         if _inside == 0:

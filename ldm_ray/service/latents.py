@@ -14,7 +14,7 @@ async def interpolation(service: Service, request: InterpolationRequest) -> Orde
     served = await service.library.get(request.model)
     labels = service.labels(served, [request.start.class_label, request.end.class_label])
     sampling = service.sampling(served, request)
-    ends = Order(served, [request.start.seed, request.end.seed], labels, sampling)
+    ends = Order([request.start.seed, request.end.seed], labels, sampling, served=served)
     with service.taken(ends):
         job = await service.run(ends)
     service.made(ends, job)
@@ -33,7 +33,7 @@ async def decode(service: Service, request: DecodeRequest) -> Order:
 
 def decoding(served: Served, latents: torch.Tensor, size: str) -> Order:
     count = len(latents)
-    return Order(served, [0] * count, [None] * count, None, latents, scale_of(size))
+    return Order([0] * count, [None] * count, None, latents, served=served, scale=scale_of(size))
 
 
 async def latent_map(service: Service, model: str | None, n: int, seed: int) -> dict[str, object]:
@@ -43,7 +43,7 @@ async def latent_map(service: Service, model: str | None, n: int, seed: int) -> 
     """
     served = await service.library.get(model)
     labels = service.labels(served, served.generator.in_turn(n, served.only_digit))
-    order = Order(served, range(seed, seed + n), labels, service.settled(served, None, None, None))
+    order = Order(range(seed, seed + n), labels, service.settled(served, None, None, None), served=served)
     with service.taken(order):
         job = await service.run(order)
     service.made(order, job)

@@ -15,6 +15,7 @@ from ldm_ray.checkpoints import runs
 from ldm_ray.devices.device import pick_device
 from ldm_ray.engine.generator import Generator, load
 from ldm_ray.engine.jobs import Job, Outcome
+from ldm_ray.engine.request import ImageRequest
 from ldm_ray.engine.slots import Slots
 from ldm_ray.engine.tiles import single_threaded
 from ldm_ray.files.paths import AnyPath, to_path
@@ -54,13 +55,8 @@ class Served:
             for count in (WARM_IMAGES, 1):
                 done = threading.Event()
                 label = self.only_digit or 0
-                job = Job(
-                    seeds=range(count),
-                    labels=[label] * count,
-                    sampling=SamplingConfig(guidance_scale=scale),
-                    on_done=partial(settled, done),
-                )
-                self.slots.submit(job)
+                request = ImageRequest(range(count), [label] * count, SamplingConfig(guidance_scale=scale))
+                job = self.slots.submit(request, on_done=partial(settled, done))
                 if not done.wait(WARM_S):
                     raise LdmError(f"{self.path.name} made no images within {WARM_S:g} s")
                 if any(outcome is not Outcome.DONE for outcome in job.outcomes):
@@ -99,7 +95,9 @@ class Served:
             "defaults": {
                 "sampler": default["sampler"],
                 "guidance_scale": default["guidance_scale"],
-                "num_inference_steps": {name: len(self.slots.plan(SamplingConfig(sampler=name))) for name in SAMPLERS},
+                "num_inference_steps": {
+                    name: len(self.generator.plan(SamplingConfig(sampler=name))) for name in SAMPLERS
+                },
             },
             "sha256": self.generator.sha256,
             "fingerprint": self.fingerprint,

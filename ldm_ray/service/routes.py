@@ -116,7 +116,7 @@ def images(app: FastAPI, service: Service) -> None:
             raise invalid("label", "a label is a digit, or none")
         labels = service.labels(served, [None if label == "none" else int(label)])
         sampling = service.settled(served, query.sampler, query.steps, query.guidance)
-        order = Order(served, [int(seed)], labels, sampling, scale=query.scale)
+        order = Order([int(seed)], labels, sampling, served=served, scale=query.scale)
         return await one_image(service, order, if_none_match)
 
 

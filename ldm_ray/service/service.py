@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ldm_ray.data.classes import class_in
-from ldm_ray.diffusion.samplers import denoiser_rows
+from ldm_ray.diffusion.samplers import Plan
 from ldm_ray.engine.jobs import Job, Outcome
+from ldm_ray.engine.request import ImageRequest
 from ldm_ray.engine.slots import Closed
 from ldm_ray.service.encoder import Encoder
 from ldm_ray.service.errors import ApiError, invalid
@@ -39,33 +40,30 @@ REASONS = {
 
 
 def resolve(finished: asyncio.Future[None]) -> None:
-    """Wakes who waits, if anybody still does."""
+    """Wakes the waiting task, if it still waits."""
     if not finished.done():
         finished.set_result(None)
 
 
-@dataclass(frozen=True)
-class Order:
-    """What is to be made, by which model."""
+@dataclass(frozen=True, kw_only=True)
+class Order(ImageRequest):
+    """A request to one of the models."""
 
     served: Served
-    seeds: Sequence[int]
-    labels: Sequence[int | None]
-    sampling: SamplingConfig | None
-    start: torch.Tensor | None = None
     scale: int = 1  # pixels of the answer for each pixel
-    show: Sequence[int] = ()  # after which steps the images so far are part of the answer
 
     @cached_property
     def steps(self) -> int:
-        return 0 if self.sampling is None else len(self.served.slots.plan(self.sampling))
+        return len(self.plan)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return () if self.sampling is None else self.served.generator.plan(self.sampling)
 
     @property
     def work(self) -> int:
         """Denoiser rows, at least one an image."""
-        if self.sampling is None:
-            return len(self.seeds)
-        return len(self.seeds) * denoiser_rows(self.served.slots.plan(self.sampling), self.sampling.guidance_scale)
+        return self.rows(self.plan)
 
     @property
     def pixels_of_one(self) -> int:
@@ -78,13 +76,13 @@ class Order:
 
     def text(self) -> dict[str, str]:
         """What every image's PNG says, beside seed and label."""
-        told: dict[str, object] = {"model": self.served.name, "checkpoint": self.served.generator.sha256}
-        told["fingerprint"] = self.served.fingerprint
+        text: dict[str, object] = {"model": self.served.name, "checkpoint": self.served.generator.sha256}
+        text["fingerprint"] = self.served.fingerprint
         if self.sampling is not None:
-            told |= {"sampler": self.sampling.sampler, "steps": self.steps}
-            told["guidance"] = f"{self.sampling.guidance_scale:g}"
-            told["guidance_start"] = f"{self.sampling.guidance_start:g}"
-        return {key: str(value) for key, value in told.items()}
+            text |= {"sampler": self.sampling.sampler, "steps": self.steps}
+            text["guidance"] = f"{self.sampling.guidance_scale:g}"
+            text["guidance_start"] = f"{self.sampling.guidance_start:g}"
+        return {key: str(value) for key, value in text.items()}
 
 
 @lru_cache(maxsize=1024)
@@ -117,7 +115,7 @@ class Service:
     # --- from a request to an order ---
 
     async def order(self, request: GenerationRequest) -> Order:
-        """ApiError on what cannot be made."""
+        """ApiError: the model cannot make it."""
         served = await self.library.get(request.model)
         labels: Sequence[int | None]
         if request.class_label is not None:
@@ -135,9 +133,8 @@ class Service:
         else:
             first = secrets.randbelow(MAX_SEED - request.n + 2) if request.seed is None else request.seed
             seeds = list(range(first, first + request.n))
-        return Order(
-            served, seeds, self.labels(served, labels), self.sampling(served, request), scale=scale_of(request.size)
-        )
+        sampling = self.sampling(served, request)
+        return Order(seeds, self.labels(served, labels), sampling, served=served, scale=scale_of(request.size))
 
     def labels(self, served: Served, labels: Sequence[int | None]) -> list[int | None]:
         """ApiError on a label that the model does not make."""
@@ -154,29 +151,33 @@ class Service:
 
     def settled(self, served: Served, sampler: str | None, steps: int | None, guidance: float | None) -> SamplingConfig:
         """Settings with the defaults filled in. ApiError: more steps than the model has."""
-        made = sampling_config(sampler, steps, guidance)
+        sampling = sampling_config(sampler, steps, guidance)
         try:
-            served.slots.plan(made)
+            served.generator.plan(sampling)
         except ConfigError as error:
             raise invalid("num_inference_steps", str(error)) from None
-        return made
+        return sampling
 
     # --- from an order to images ---
 
     def admit(self, order: Order) -> None:
-        """ApiError: 400 more than one request may be, 429 more than there is room for, 503 while draining."""
+        """ApiError: 400 too large for one request, 429 no room at present, 503 while draining."""
         if self.draining:
             raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
         limits, slots = self.settings, order.served.slots
         work, pixels = order.work, order.pixels
         if work > limits.max_work:
-            told = f"n × steps, guided ones twice, is {work:,}; at most {limits.max_work:,} is allowed"
-            raise invalid("n", told, "too_much_work")
+            message = f"n × steps, guided ones twice, is {work:,}; at most {limits.max_work:,} is allowed"
+            raise invalid("n", message, "too_much_work")
         if pixels > limits.max_pixels:
             frames = f" × {1 + len(order.show)} frames" if order.show else ""
-            told = f"{len(order.seeds)} images × {order.pixels_of_one:,} pixels{frames} is {pixels:,} pixels; at most "
-            told += f"{limits.max_pixels:,} are allowed: ask for fewer images, a smaller size or fewer frames (steps)"
-            raise invalid("size", told, "too_many_pixels")
+            count, most = (
+                f"{len(order.seeds)} images × {order.pixels_of_one:,} pixels{frames}",
+                f"{limits.max_pixels:,}",
+            )
+            message = f"{count} is {pixels:,} pixels; at most {most} are allowed: "
+            message += "ask for fewer images, a smaller size or fewer frames (steps)"
+            raise invalid("size", message, "too_many_pixels")
         queued = sum(served.slots.outstanding for served in self.library.loaded.values())
         images = sum(served.slots.open for served in self.library.loaded.values())
         rate = slots.rate or math.inf
@@ -189,7 +190,7 @@ class Service:
 
     @contextmanager
     def taken(self, order: Order) -> Iterator[None]:
-        """Counts an order among those that are being made, until its answer is encoded. ApiError as ``admit``."""
+        """Admits an order and counts its pixels until its answer is encoded. ApiError as ``admit``."""
         self.admit(order)
         self.pixels += order.pixels
         try:
@@ -221,19 +222,10 @@ class Service:
             if on_image is not None:
                 loop.call_soon_threadsafe(on_image, i, step, picture.numpy())
 
-        job = Job(
-            seeds=order.seeds,
-            labels=order.labels,
-            sampling=order.sampling,
-            start=order.start,
-            show=order.show,
-            deadline=self.deadline() if deadline is None else deadline,
-            on_image=shown if order.show else None,
-            on_done=done,
-        )
+        deadline = self.deadline() if deadline is None else deadline
         started = time.perf_counter()
         try:
-            order.served.slots.submit(job)
+            job = order.served.slots.submit(order, deadline, shown if order.show else None, done)
         except Closed:  # replaced by a newer checkpoint a moment ago, or stopping
             raise ApiError(503, "the model has just changed; try again", headers={"Retry-After": "1"}) from None
         try:
@@ -244,16 +236,16 @@ class Service:
         return job
 
     def made(self, order: Order, job: Job) -> list[Made]:
-        """What became of each image. ApiError when there is not one."""
-        common, pixels, found = order.text(), job.images.numpy(), []
+        """What became of each image. ApiError when none came out."""
+        common, pixels, images = order.text(), job.images.numpy(), []
         for i, (seed, label, outcome) in enumerate(zip(order.seeds, order.labels, job.outcomes, strict=True)):
             text = common | {"seed": str(seed), "label": "none" if label is None else str(label)}
             if outcome is Outcome.DONE:
-                found.append(Made(pixels[i], seed, label, text))
+                images.append(Made(pixels[i], seed, label, text))
             else:
                 assert outcome is not None
-                found.append(Made(None, seed, label, text, REASONS[outcome].body()["error"]))
-        if all(made.pixels is None for made in found):
+                images.append(Made(None, seed, label, text, REASONS[outcome].body()["error"]))
+        if all(image.pixels is None for image in images):
             assert job.outcomes[0] is not None
             raise REASONS[job.outcomes[0]]
-        return found
+        return images

@@ -8,25 +8,31 @@ import time
 import torch
 
 from ldm_ray.engine.jobs import Job
+from ldm_ray.engine.request import ImageRequest
 from ldm_ray.engine.slots import Slots
 from ldm_ray.settings.sampling import SamplingConfig
 
 
 class Waited:
     def __init__(
-        self, slots: Slots, count: int, sampling: SamplingConfig | None, first: int = 0, **more: object
+        self,
+        slots: Slots,
+        count: int,
+        sampling: SamplingConfig | None,
+        first: int = 0,
+        labels: list[int | None] | None = None,
+        deadline: float | None = None,
+        **more: object,
     ) -> None:
         self.finished = threading.Event()
         self.shown: list[tuple[int, int, torch.Tensor]] = []
-        self.job = Job(
-            seeds=range(first, first + count),
-            labels=more.pop("labels", [i % 10 for i in range(count)]),  # type: ignore[arg-type]
-            sampling=sampling,
-            on_done=lambda job: self.finished.set(),
+        labels = [i % 10 for i in range(count)] if labels is None else labels
+        self.job = slots.submit(
+            ImageRequest(range(first, first + count), labels, sampling, **more),  # type: ignore[arg-type]
+            deadline,
             on_image=lambda *shown: self.shown.append(shown),
-            **more,  # type: ignore[arg-type]
+            on_done=lambda job: self.finished.set(),
         )
-        slots.submit(self.job)
 
     def wait(self) -> Job:
         assert self.finished.wait(120), "the job did not end within 120 s"

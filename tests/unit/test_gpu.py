@@ -18,7 +18,8 @@ from ldm_ray.devices.device import picked, sent, settle
 from ldm_ray.diffusion.noise import gaussian
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.engine.generator import Generator
-from ldm_ray.engine.jobs import Job, Outcome
+from ldm_ray.engine.jobs import Outcome
+from ldm_ray.engine.request import ImageRequest
 from ldm_ray.engine.slots import Slots
 from ldm_ray.models import registry
 from ldm_ray.models.codec import LatentCodec, PixelCodec
@@ -168,14 +169,14 @@ def test_bytes_of_the_slots_are_the_generators(kind: str) -> None:
     slots = Slots(generator)
     fine = [sampling for sampling in SAMPLERS if sampling.precision == "fp32"]
     jobs = [
-        Job(seeds=range(i, i + 1 + i % 7), labels=[3] * (1 + i % 7), sampling=fine[i % len(fine)]) for i in range(40)
+        slots.submit(ImageRequest(range(i, i + 1 + i % 7), [3] * (1 + i % 7), fine[i % len(fine)])) for i in range(40)
     ]
-    for job in jobs:
-        slots.submit(job)
     slots.close(drain_s=120)
     for job in jobs:
-        assert set(job.outcomes) == {Outcome.DONE} and job.sampling is not None
-        assert torch.equal(job.images, generator(job.seeds, job.labels, job.sampling)[:, 0]), job.sampling
+        assert set(job.outcomes) == {Outcome.DONE} and job.request.sampling is not None
+        assert torch.equal(job.images, generator(job.request.seeds, job.request.labels, job.request.sampling)[:, 0]), (
+            job.request.sampling
+        )
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "pixels"])

@@ -191,7 +191,7 @@ def test_slots_make_the_bytes_of_the_generator(generator: Generator, sampler: st
         jobs = [Waited(slots, dice.randint(1, 12), each, 100 * i) for i, each in enumerate(settings)]
         for i, (waited, each) in enumerate(zip(jobs, settings, strict=True)):
             job = waited.wait()
-            wanted = generator(range(100 * i, 100 * i + len(job.seeds)), job.labels, each)
+            wanted = generator(range(100 * i, 100 * i + len(job.request.seeds)), job.request.labels, each)
             assert torch.equal(job.images, wanted[:, 0])
     finally:
         slots.close()

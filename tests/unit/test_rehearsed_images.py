@@ -114,7 +114,7 @@ def test_a_step_of_the_slots_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> N
         done = [waited.wait() for waited in jobs]
         slots.close()
         for sampling, job in zip(some, done, strict=False):
-            assert torch.equal(job.images, generator(job.seeds, job.labels, sampling)[:, 0])
+            assert torch.equal(job.images, generator(job.request.seeds, job.request.labels, sampling)[:, 0])
     assert not waits
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ldm_ray.diffusion.prediction import PREDICTION_TYPES, x0_weights
-from ldm_ray.diffusion.samplers import Plan, Step, ddim, ddpm, dpmpp_2m, half_log_snr, plan_of, sample, unipc
+from ldm_ray.diffusion.samplers import WEIGHTS, Plan, Step, ddim, ddpm, dpmpp_2m, half_log_snr, plan_of, sample, unipc
 from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.diffusion.timesteps import spaced_timesteps, transitions_of
 from ldm_ray.settings.errors import ConfigError
-from ldm_ray.settings.sampling import SPACINGS, SamplingConfig
+from ldm_ray.settings.sampling import SAMPLERS, SPACINGS, SamplingConfig
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(10, 0.01, 0.3), NoiseSchedule(2, 0.5, 0.5)]
 dpmpp_2m_sde = partial(dpmpp_2m, eta=1.0)
@@ -249,6 +249,32 @@ def test_samplers_converge_at_their_order(planner: Callable[..., Plan], order: i
         errors.append(abs(float(made) - wanted))
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.25), (errors, slopes)
+
+
+# --- parts of a plan ---
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_plan_in_parts_and_in_columns_gives_the_bits_of_the_whole(sampler: str) -> None:
+    plan = plan_of(NoiseSchedule(), SamplingConfig(sampler=sampler, num_inference_steps=6))
+    noise = torch.randn(7, 4, 5, generator=torch.Generator().manual_seed(0))  # (S + 1, B, D)
+    labels = torch.zeros(4, dtype=torch.int64)
+
+    def denoise(latents: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return latents.sin() + t[:, None] / 1000
+
+    def column(step: Step) -> Step:
+        weights: dict[str, Any] = {name: torch.tensor(getattr(step, name)).expand(4, 1) for name in WEIGHTS}
+        return Step(torch.tensor(step.t).repeat(4), **weights, guided=step.guided)
+
+    *_, (whole, _) = sample(denoise, plan, noise[0], labels, noise.__getitem__)
+    for steps, split in itertools.product((plan, [column(step) for step in plan]), range(1, 6)):
+        latents, x0s = noise[0], (torch.zeros(4, 5), torch.zeros(4, 5))
+        for first, part in ((0, steps[:split]), (split, steps[split:])):
+            for state in sample(denoise, part, latents, labels, noise[first:].__getitem__, x0s=x0s):
+                x0s = state[1], x0s[0]
+            latents = state[0]
+        assert torch.equal(latents, whole), (type(steps), split)
 
 
 # --- settings ---

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 
+from ldm_ray.diffusion.samplers import Step
 from ldm_ray.engine.board import Image
 from ldm_ray.engine.generator import Generator
 from ldm_ray.engine.jobs import Job, Outcome
+from ldm_ray.engine.request import Course, ImageRequest
 from ldm_ray.engine.slots import Closed, Slots, choose
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.limits import MAX_SEED
@@ -51,11 +53,11 @@ def test_bytes_in_random_company_are_the_generators(generator: Generator, capaci
         jobs.append(Waited(slots, count, some_sampling(dice), first, labels=labels))
         time.sleep(dice.random() * 0.006)
     for waited in jobs:
-        job = waited.wait()
-        assert job.outcomes == [Outcome.DONE] * len(job.seeds)
-        assert job.sampling is not None
-        assert torch.equal(job.images, generator(job.seeds, job.labels, job.sampling)[:, 0]), job
-        assert torch.equal(job.latents, generator.latents(job.seeds, job.labels, job.sampling))
+        job, request = waited.wait(), waited.job.request
+        assert job.outcomes == [Outcome.DONE] * len(request.seeds)
+        assert request.sampling is not None
+        assert torch.equal(job.images, generator(request.seeds, request.labels, request.sampling)[:, 0]), request
+        assert torch.equal(job.latents, generator.latents(request.seeds, request.labels, request.sampling))
     assert slots.outstanding == 0 and not slots.live
     assert slots.figures.rows >= slots.figures.steps > 0 and slots.rate > 0
     slots.close()
@@ -86,11 +88,13 @@ def test_the_wait_of_a_new_job_is_for_what_it_does_not_pass(slots: Slots) -> Non
     assert slots.outstanding == 0
 
 
+def steps_of(count: int) -> Course:
+    return Course((Step(0, 1.0, 0.0, 0.0, 1.0),) * count)
+
+
 def test_beyond_capacity_short_jobs_pass_and_long_ones_still_move(generator: Generator) -> None:
-    jobs = [Job(seeds=range(4), labels=[0] * 4, sampling=SHORT) for _ in range(3)]
-    for job, steps in zip(jobs, (3, 900, 1000), strict=True):
-        job.plan = (None,) * steps  # type: ignore[assignment]
-    images = [Image(job, i, i) for job in jobs for i in range(4)]
+    jobs = [Job(ImageRequest(range(4), [0] * 4, SHORT), steps_of(count)) for count in (3, 900, 1000)]
+    images = [Image(job, i) for job in jobs for i in range(4)]
     images = images[4:] + images[:4]
     chosen = choose(images, 8)
     assert len(chosen) == 8 and set(images[8:]) <= set(chosen)  # fewest steps left
@@ -99,10 +103,8 @@ def test_beyond_capacity_short_jobs_pass_and_long_ones_still_move(generator: Gen
 
 
 def test_beyond_capacity_equal_jobs_are_finished_in_their_order() -> None:
-    jobs = [Job(seeds=range(4), labels=[0] * 4, sampling=LONG) for _ in range(5)]
-    for job in jobs:
-        job.plan = (None,) * 1000  # type: ignore[assignment]
-    images = [Image(job, i, i) for job in jobs for i in range(4)]
+    jobs = [Job(ImageRequest(range(4), [0] * 4, LONG), steps_of(1000)) for _ in range(5)]
+    images = [Image(job, i) for job in jobs for i in range(4)]
     for image in images[:8]:
         image.step = 10
     assert {image.job for image in choose(images, 8)} == set(jobs[:2])
@@ -118,18 +120,17 @@ def test_cancelling_takes_effect_within_two_steps_and_touches_no_other(generator
     # a leg's steps are counted when it ends: one leg of up to 64 may have been under way, and ends at its next step
     assert job.steps_done - at_cancel <= 20 * (64 + 2)
     kept = other.wait()
-    assert kept.sampling is not None
-    assert torch.equal(kept.images, generator(kept.seeds, kept.labels, kept.sampling)[:, 0])
+    sampling = kept.request.sampling
+    assert sampling is not None
+    assert torch.equal(kept.images, generator(kept.request.seeds, kept.request.labels, sampling)[:, 0])
 
 
 def test_a_running_leg_ends_at_the_step_after_a_change(generator: Generator) -> None:
     slots = Slots(generator)
     slots.close()
     board = slots.board
-    job = Job(seeds=[1], labels=[3], sampling=LONG)
-    job.plan_id, job.plan = slots._plan(LONG)
-    job.noisy = True
-    image = Image(job, 0, 1)
+    request = ImageRequest([1], [3], LONG)
+    image = Image(Job(request, generator.course(request)), 0)
     board.join([image])
     from ldm_ray.engine.board import tiles_of
 
@@ -170,7 +171,7 @@ def test_a_job_alone_goes_from_noise_to_images_in_one_round(
 ) -> None:
     """Though only its last steps are guided."""
     sampling = SamplingConfig(num_inference_steps=8, guidance_scale=2.0, guidance_start=0.7)
-    guided = sum(step.guided for step in slots.plan(sampling))
+    guided = sum(step.guided for step in generator.plan(sampling))
     assert 0 < guided < 8
     legs, leg = [], slots.board.leg
     monkeypatch.setattr(slots.board, "leg", lambda tile: legs.append(tile) or leg(tile))  # type: ignore[func-returns-value]
@@ -183,6 +184,16 @@ def test_latents_alone_are_decoded(generator: Generator, slots: Slots) -> None:
     latents = torch.randn(50, 16, generator=torch.Generator().manual_seed(3))
     job = Waited(slots, 50, None, start=latents).wait()
     assert torch.equal(job.images, generator.decode(latents)[:, 0])
+
+
+def test_a_request_is_frozen_and_its_steps_do_not_depend_on_guidance(generator: Generator) -> None:
+    request = ImageRequest([1, 2], [3, None], SHORT)
+    with pytest.raises(FrozenInstanceError):
+        request.seeds = [4]  # type: ignore[misc]
+    course = generator.course(request)
+    assert generator.course(replace(request, sampling=replace(SHORT, guidance_scale=7.0))) is course
+    assert generator.course(replace(request, sampling=LONG)) is not course
+    assert request.rows(course.plan) == 2 * (3 + sum(step.guided for step in course.plan))
 
 
 def test_images_are_shown_while_they_are_denoised(generator: Generator, slots: Slots) -> None:
@@ -200,7 +211,7 @@ def test_an_error_in_a_callback_stops_nothing(slots: Slots) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("on purpose")
 
-    slots.submit(Job(seeds=[1], labels=[1], sampling=SHORT, show=(1,), on_image=fail, on_done=fail))
+    slots.submit(ImageRequest([1], [1], SHORT, show=(1,)), on_image=fail, on_done=fail)
     assert Waited(slots, 2, SHORT).wait().outcomes == [Outcome.DONE] * 2
 
 
@@ -223,16 +234,16 @@ def test_jobs_that_cannot_be_are_refused(slots: Slots) -> None:
         ([1, 2], [1], "as many of each"),
         ([-1], [1], "a seed is"),
         ([MAX_SEED + 1], [1], "a seed is"),
-        ([1], [10], "a label is 0 to 9"),
+        ([1], [10], "label 10 is outside 0 to 9"),
     ):
         with pytest.raises(ConfigError, match=message):
-            slots.submit(Job(seeds=seeds, labels=labels, sampling=SHORT))
+            slots.submit(ImageRequest(seeds, labels, SHORT))
     with pytest.raises(ConfigError, match="made in fp32"):
-        slots.submit(Job(seeds=[1], labels=[1], sampling=SamplingConfig(precision="bf16")))
+        slots.submit(ImageRequest([1], [1], SamplingConfig(precision="bf16")))
     with pytest.raises(ConfigError, match="timesteps"):
-        slots.submit(Job(seeds=[1], labels=[1], sampling=SamplingConfig(num_inference_steps=1001)))
+        slots.submit(ImageRequest([1], [1], SamplingConfig(num_inference_steps=1001)))
     with pytest.raises(ConfigError, match="finite"):
-        slots.submit(Job(seeds=[1], labels=[1], sampling=SHORT, start=torch.full((1, 16), torch.nan)))
+        slots.submit(ImageRequest([1], [1], SHORT, start=torch.full((1, 16), torch.nan)))
     with pytest.raises(ConfigError, match="latents"):
-        slots.submit(Job(seeds=[1], labels=[1], sampling=None))
+        slots.submit(ImageRequest([1], [1], None))
     assert slots.outstanding == 0
