@@ -120,7 +120,7 @@ def test_what_is_loaded_does_not_wait_for_what_is_being_loaded(
 ) -> None:
     names = [f"latent-diffusion-{name}" for name in "abcd"]
     paths = [model(tmp_path, name, ae_file) for name in "abcd"]
-    with in_process(paths[0], outdir=str(tmp_path), deadline_s=0.5) as running:
+    with in_process(paths[0], outdir=str(tmp_path), deadline_s=2.0) as running:
         assert running.ask(POST, {"model": names[1]}).status == 200
         gate, loads, load = threading.Event(), [], Library._load
 
