@@ -89,7 +89,8 @@ def joined(address: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(on_first(stop))
         try:
-            check_answer(address)
+            with silent_stderr():  # Ray's C++ tells its own part of what is wrong
+                check_answer(address)
             init(address, runtime_env=code)
         except Exception as error:
             raise ConfigError(
