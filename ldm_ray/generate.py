@@ -62,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--output belongs to --requests FILE; a dataset's folder is --outdir")
     path = checkpoint_path(config.ckpt)
     if config.requests:
+        from ldm_ray.checkpoints import runs
         from ldm_ray.dataset.answers import answer_file
 
         output = local_path(config.output or f"{config.requests}.answers.jsonl")
-        return answer_file(local_path(config.requests), output, load_model(config, path), config)
+        return answer_file(local_path(config.requests), output, runs.name_of(path), load_model(config, path), config)
     with contextlib.ExitStack() as held:
         return generate(config, path, held)
 

@@ -207,3 +207,10 @@ def finished_autoencoder(file: AnyPath) -> AutoencoderCheckpoint | None:
 def names_alike(one: Sequence[str], other: Sequence[str]) -> int:
     """How many names two paths share, from the last."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def name_of(path: AnyPath) -> str:
+    """The run's name for its ``latest.pt``, run and file for its other checkpoints, else the file's name."""
+    if path.name == "latest.pt":
+        return path.parent.name
+    return f"{path.parent.name}-{path.stem}" if path.stem.startswith("checkpoint_epoch_") else path.stem

@@ -5,7 +5,8 @@ import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ldm_ray.service.errors import EXAMPLE, ApiError, invalid
+from ldm_ray.engine.schema import EXAMPLE
+from ldm_ray.service.errors import ApiError, invalid
 
 DRAIN_S, DRAIN_BODIES = 2.0, 8  # how long, and how many times the longest body, a refused body is read on
 AWAITED = 1024  # bodies that may be on their way at once; the one that has taken longest makes room

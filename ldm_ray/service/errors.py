@@ -10,13 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ldm_ray.engine.schema import Refused, cut, refusal
+
 log = logging.getLogger("ray.serve")
-BRANCHES = ("function-", "list[", "constrained-")  # what pydantic calls the alternatives of a field
-CODES = {
-    "extra_forbidden": "unknown_parameter",
-    "missing": "missing_parameter",
-    "json_invalid": "invalid_json",
-}
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 NAMES = {
     400: "bad_request",
     401: "unauthorized",
@@ -32,11 +29,7 @@ NAMES = {
 }
 
 
-EXAMPLE = '{"prompt": "7"}'
-MESSAGE, PARAM = 400, 100  # characters: what a client sent is repeated to it, but not at any length
-
-
-class ApiError(Exception):
+class ApiError(Refused):
     """An answer that is no success."""
 
     def __init__(
@@ -47,30 +40,12 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param = status, message, param
-        self.code = code or NAMES.get(status, "error")
-        self.headers = headers or {}
-
-    @property
-    def kind(self) -> str:
-        if self.status == 429:
-            return "rate_limit_error"
-        if self.status == 401:
-            return "authentication_error"
-        return "server_error" if self.status >= 500 else "invalid_request_error"
-
-    def body(self) -> dict[str, Any]:
-        param = None if self.param is None else cut(self.param, PARAM)
-        told = {"message": cut(self.message, MESSAGE), "type": self.kind, "param": param, "code": self.code}
-        return {"error": told}
+        super().__init__(message, param, code or NAMES.get(status, "error"))
+        self.status, self.headers = status, headers or {}
+        self.kind = KINDS.get(status, "server_error" if status >= 500 else Refused.kind)
 
     def response(self) -> Response:
-        return json_response(self.body(), self.status, self.headers)
-
-
-def cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 2]} …"
+        return json_response({"error": self.body()}, self.status, self.headers)
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -93,23 +68,16 @@ def internal(error: BaseException) -> ApiError:
 def install(app: FastAPI) -> None:
     """Makes every error of an application one of ours."""
 
-    @app.exception_handler(ApiError)
-    async def own(_: Request, error: ApiError) -> Response:
-        return error.response()
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return (error if isinstance(error, ApiError) else invalid(error.param, error.message, error.code)).response()
 
     @app.exception_handler(RequestValidationError)
-    async def validation(_: Request, error: RequestValidationError) -> Response:
+    async def validation(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:]]
-        where = [part for i, part in enumerate(where) if not i or not part.startswith(BRANCHES)]
-        code = CODES.get(first["type"], "invalid_value")
-        param = None if code == "invalid_json" else ".".join(where) or None
-        message = first["msg"].removeprefix("Value error, ")
-        if code == "invalid_json":
-            message = f"the body is not JSON: {first.get('ctx', {}).get('error', message)}"
-        elif not where and (first["type"] == "missing" or first["type"].endswith("_type")):
-            message = f"the body must be a JSON object, such as {EXAMPLE}"
-        return invalid(param, f"{param}: {message}" if param else message, code).response()
+        if first["type"] == "json_invalid":
+            return invalid(None, f"the body is not JSON: {first['ctx']['error']}", "invalid_json").response()
+        return await refused(request, refusal(first, first["loc"][1:]))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

@@ -2,10 +2,11 @@
 
 import torch
 
+from ldm_ray.engine.schema import scale_of, settled
 from ldm_ray.latents.paths import interpolate, plane
 from ldm_ray.service.errors import ApiError, invalid
 from ldm_ray.service.library import Served
-from ldm_ray.service.schemas import DecodeRequest, InterpolationRequest, scale_of
+from ldm_ray.service.schemas import DecodeRequest, InterpolationRequest
 from ldm_ray.service.service import Order, Service
 
 
@@ -43,7 +44,7 @@ async def latent_map(service: Service, model: str | None, n: int, seed: int) -> 
     """
     served = await service.library.get(model)
     labels = service.labels(served, served.generator.in_turn(n, served.only_digit))
-    order = Order(range(seed, seed + n), labels, service.settled(served, None, None, None), served=served)
+    order = Order(range(seed, seed + n), labels, settled(served.generator.plan), served=served)
     with service.taken(order):
         job = await service.run(order)
     service.made(order, job)

@@ -16,11 +16,11 @@ from ldm_ray.devices.device import pick_device
 from ldm_ray.engine.generator import Generator, load
 from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.request import ImageRequest
+from ldm_ray.engine.schema import MAX_IMAGES, MAX_SCALE, cut
 from ldm_ray.engine.slots import Slots
 from ldm_ray.engine.tiles import single_threaded
 from ldm_ray.files.paths import AnyPath, to_path
-from ldm_ray.service.errors import ApiError, cut
-from ldm_ray.service.schemas import MAX_IMAGES, MAX_SCALE
+from ldm_ray.service.errors import ApiError
 from ldm_ray.service.settings import Settings, check_size
 from ldm_ray.settings.errors import LdmError
 from ldm_ray.settings.limits import MAX_GUIDANCE, MAX_STEPS
@@ -128,7 +128,7 @@ class Library:
         if self.settings.outdir:
             try:
                 for path in await asyncio.to_thread(runs.diffusion_checkpoints, to_path(self.settings.outdir)):
-                    paths.setdefault(name_of(path), path)
+                    paths.setdefault(runs.name_of(path), path)
             except (LdmError, OSError) as error:  # deleted while it was looked at, or a store that does not answer
                 log.error("the checkpoints cannot be listed: %s", error)
         return paths
@@ -201,7 +201,7 @@ class Library:
             served.close(self.settings.drain_s)
 
     def _load(self, path: AnyPath) -> Served:
-        served = Served(name_of(path), path, self.settings)
+        served = Served(runs.name_of(path), path, self.settings)
         try:
             served.warm()
         except BaseException:
@@ -216,13 +216,6 @@ def close_for_good(last: list[Served], drain_s: float) -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def name_of(path: AnyPath) -> str:
-    """The run's name for its ``latest.pt``, run and file for its other checkpoints, else the file's name."""
-    if path.name == "latest.pt":
-        return path.parent.name
-    return f"{path.parent.name}-{path.stem}" if path.stem.startswith("checkpoint_epoch_") else path.stem
 
 
 def stamp_or_none(path: AnyPath) -> tuple[int, int] | None:

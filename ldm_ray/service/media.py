@@ -3,36 +3,24 @@
 What may be large comes in parts, so that whoever encodes it can stop, or let others pass, between two of them.
 """
 
-import base64
 import hashlib
 import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ldm_ray.data.images import encode_png, enlarged, gif_parts, grid
+from ldm_ray.engine.items import Made, item, png
 from ldm_ray.service.errors import ApiError
 
 JSON, PNG, GIF, NPY, ZIP = "application/json", "image/png", "image/gif", "application/x-npy", "application/zip"
 KINDS = (JSON, PNG, GIF, NPY, ZIP)
 GIF_FRAMES = 40
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever a zip is made
-
-
-@dataclass(frozen=True)
-class Made:
-    """One image: pixels (H, W) uint8 at 28×28 and what it follows from; pixels None: it failed."""
-
-    pixels: np.ndarray | None
-    seed: int | None
-    label: int | None
-    text: dict[str, str]
-    error: dict[str, Any] | None = None
 
 
 def negotiate(accept: str | None, kinds: Sequence[str] = KINDS) -> str:
@@ -57,21 +45,6 @@ def negotiate(accept: str | None, kinds: Sequence[str] = KINDS) -> str:
     if best is None:
         raise ApiError(406, f"this address gives {', '.join(kinds)}", "Accept")
     return wanted
-
-
-def png(made: Made, scale: int = 1) -> bytes:
-    """The PNG of one image, with its parameters as text."""
-    assert made.pixels is not None
-    return encode_png(enlarged(made.pixels, scale), made.text)
-
-
-def item(made: Made, scale: int) -> dict[str, Any]:
-    """What JSON says of an image."""
-    told: dict[str, Any] = {"seed": made.seed, "label": made.label}
-    if made.pixels is None:
-        return told | {"error": made.error}
-    data = png(made, scale)
-    return told | {"b64_json": base64.b64encode(data).decode(), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def stack(images: Sequence[Made]) -> np.ndarray:

@@ -12,6 +12,8 @@ from fastapi import FastAPI, Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 import ldm_ray
+from ldm_ray.engine.items import png
+from ldm_ray.engine.schema import GenerationRequest, settled
 from ldm_ray.service import latents, media
 from ldm_ray.service.errors import ApiError, install, invalid, json_response
 from ldm_ray.service.gate import Gate
@@ -19,16 +21,14 @@ from ldm_ray.service.library import Served, stamp_or_none
 from ldm_ray.service.schemas import (
     DecodeRequest,
     ErrorResponse,
-    GenerationRequest,
     ImagesResponse,
     InterpolationRequest,
     MapQuery,
     Permalink,
 )
 from ldm_ray.service.service import CACHED, Order, Service
-from ldm_ray.service.settings import SIDE
 from ldm_ray.service.stream import events, moments
-from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.settings.limits import MAX_SEED, SIDE
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -115,7 +115,12 @@ def images(app: FastAPI, service: Service) -> None:
         if label != "none" and not (label.isascii() and label.isdigit() and len(label) <= 4):
             raise invalid("label", "a label is a digit, or none")
         labels = service.labels(served, [None if label == "none" else int(label)])
-        sampling = service.settled(served, query.sampler, query.steps, query.guidance)
+        sampling = settled(
+            served.generator.plan,
+            sampler=query.sampler,
+            num_inference_steps=query.steps,
+            guidance_scale=query.guidance,
+        )
         order = Order([int(seed)], labels, sampling, served=served, scale=query.scale)
         return await one_image(service, order, if_none_match)
 
@@ -129,7 +134,7 @@ async def one_image(service: Service, order: Order, if_none_match: str | None) -
     data = service.cache.get(key)
     if data is None:
         with service.taken(order):
-            data = media.png(service.made(order, await service.run(order))[0], order.scale)
+            data = png(service.made(order, await service.run(order))[0], order.scale)
         remember(service.cache, key, data)
     tag = f'"{hashlib.sha256(data).hexdigest()}"'
     reach = "private" if service.settings.token else "public"

@@ -8,25 +8,31 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from ldm_ray.data.classes import class_in
 from ldm_ray.diffusion.samplers import Plan
+from ldm_ray.engine.items import Made, parameters, parameters_of_one
 from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.request import ImageRequest
+from ldm_ray.engine.schema import (
+    GenerationRequest,
+    Sampling,
+    checked_labels,
+    labels_of,
+    sampling_of,
+    scale_of,
+    seeds_of,
+)
 from ldm_ray.engine.slots import Closed
 from ldm_ray.service.encoder import Encoder
 from ldm_ray.service.errors import ApiError, invalid
 from ldm_ray.service.library import Library, Served
-from ldm_ray.service.media import Made
 from ldm_ray.service.metrics import Metrics
-from ldm_ray.service.schemas import GenerationRequest, Sampling, scale_of
-from ldm_ray.service.settings import SIDE, Settings
-from ldm_ray.settings.errors import ConfigError
-from ldm_ray.settings.limits import MAX_SEED
+from ldm_ray.service.settings import Settings
+from ldm_ray.settings.limits import MAX_SEED, SIDE
 from ldm_ray.settings.sampling import SamplingConfig
 
 SURE = 0.7  # share of the deadline within which an image is promised: the rate is an estimate
@@ -76,24 +82,8 @@ class Order(ImageRequest):
 
     def text(self) -> dict[str, str]:
         """What every image's PNG says, beside seed and label."""
-        text: dict[str, object] = {"model": self.served.name, "checkpoint": self.served.generator.sha256}
-        text["fingerprint"] = self.served.fingerprint
-        if self.sampling is not None:
-            text |= {"sampler": self.sampling.sampler, "steps": self.steps}
-            text["guidance"] = f"{self.sampling.guidance_scale:g}"
-            text["guidance_start"] = f"{self.sampling.guidance_start:g}"
-        return {key: str(value) for key, value in text.items()}
-
-
-@lru_cache(maxsize=1024)
-def sampling_config(sampler: str | None, steps: int | None, guidance: float | None) -> SamplingConfig:
-    """Settings with the defaults for what is None."""
-    default = SamplingConfig()
-    return SamplingConfig(
-        sampler=sampler or default.sampler,
-        num_inference_steps=steps,
-        guidance_scale=default.guidance_scale if guidance is None else guidance,
-    )
+        served = self.served
+        return parameters(served.name, served.generator.sha256, served.fingerprint, self.sampling, self.steps)
 
 
 class Service:
@@ -115,48 +105,19 @@ class Service:
     # --- from a request to an order ---
 
     async def order(self, request: GenerationRequest) -> Order:
-        """ApiError: the model cannot make it."""
+        """Refused, or ApiError: what cannot be made."""
         served = await self.library.get(request.model)
-        labels: Sequence[int | None]
-        if request.class_label is not None:
-            wanted = request.class_label
-            labels = wanted if isinstance(wanted, list) else [wanted] * request.n
-        elif request.prompt is not None:
-            try:
-                labels = [class_in(request.prompt, served.generator.class_names)] * request.n
-            except ValueError as error:
-                raise invalid("prompt", str(error)) from None
-        else:
-            labels = [None] * request.n
-        if request.seeds is not None:
-            seeds = request.seeds
-        else:
-            first = secrets.randbelow(MAX_SEED - request.n + 2) if request.seed is None else request.seed
-            seeds = list(range(first, first + request.n))
-        sampling = self.sampling(served, request)
-        return Order(seeds, self.labels(served, labels), sampling, served=served, scale=scale_of(request.size))
+        labels = self.labels(served, labels_of(request, served.generator.class_names))
+        seeds = seeds_of(request, secrets.randbelow(MAX_SEED - request.n + 2))
+        return Order(seeds, labels, self.sampling(served, request), served=served, scale=scale_of(request.size))
 
     def labels(self, served: Served, labels: Sequence[int | None]) -> list[int | None]:
-        """ApiError on a label that the model does not make."""
-        only = served.only_digit
-        for label in labels:
-            if label is not None and label >= served.generator.num_classes:
-                raise invalid("class_label", f"class_label is 0 to {served.generator.num_classes - 1}, not {label}")
-            if only is not None and label not in (None, only):
-                raise invalid("class_label", f"{served.name} makes the digit {only} alone")
-        return [only if label is None else label for label in labels]
+        """Refused: a label that the model does not make."""
+        return checked_labels(labels, served.generator.num_classes, served.only_digit, served.name)
 
     def sampling(self, served: Served, request: Sampling) -> SamplingConfig:
-        return self.settled(served, request.sampler, request.num_inference_steps, request.guidance_scale)
-
-    def settled(self, served: Served, sampler: str | None, steps: int | None, guidance: float | None) -> SamplingConfig:
-        """Settings with the defaults filled in. ApiError: more steps than the model has."""
-        sampling = sampling_config(sampler, steps, guidance)
-        try:
-            served.generator.plan(sampling)
-        except ConfigError as error:
-            raise invalid("num_inference_steps", str(error)) from None
-        return sampling
+        """Refused: settings that the model cannot follow."""
+        return sampling_of(request, served.generator.plan)
 
     # --- from an order to images ---
 
@@ -239,12 +200,12 @@ class Service:
         """What became of each image. ApiError when none came out."""
         common, pixels, images = order.text(), job.images.numpy(), []
         for i, (seed, label, outcome) in enumerate(zip(order.seeds, order.labels, job.outcomes, strict=True)):
-            text = common | {"seed": str(seed), "label": "none" if label is None else str(label)}
+            text = parameters_of_one(common, seed, label)
             if outcome is Outcome.DONE:
                 images.append(Made(pixels[i], seed, label, text))
             else:
                 assert outcome is not None
-                images.append(Made(None, seed, label, text, REASONS[outcome].body()["error"]))
+                images.append(Made(None, seed, label, text, REASONS[outcome].body()))
         if all(image.pixels is None for image in images):
             assert job.outcomes[0] is not None
             raise REASONS[job.outcomes[0]]

@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ldm_ray.files.paths import AnyPath, outdir, to_path
 from ldm_ray.settings.errors import CheckpointError, ConfigError, LdmError
 from ldm_ray.settings.gpu_share import MOST, check_share
+from ldm_ray.settings.limits import SIDE
 from ldm_ray.settings.shared import DEVICES
-
-SIDE = 28  # height and width of every image
 
 
 class Mistake(click.ClickException):

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ldm_ray.data.images import encode_png, enlarged
+from ldm_ray.engine.items import Made, item
 from ldm_ray.service.errors import ApiError, internal
-from ldm_ray.service.media import Made, item
 from ldm_ray.service.service import Order, Service
 
 BATCH = 1024 * 1024  # pixels that are encoded in one go
@@ -63,9 +63,9 @@ async def events(service: Service, order: Order, head: dict[str, Any]) -> AsyncI
                 yield await service.encoder.encode(events, len(some) * each, deadline)
                 await asyncio.sleep(0)
         except ApiError as error:
-            yield event("error", error.body())
+            yield event("error", {"error": error.body()})
         except Exception as error:
-            yield event("error", internal(error).body())
+            yield event("error", {"error": internal(error).body()})
         finally:
             task.cancel()
 

@@ -6,3 +6,4 @@ MAX_CLASSES = 4096
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20
 MAX_STEPS = 1000  # of a request over HTTP, and where steps are counted without a model
+SIDE = 28  # height and width of every image of the service

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from ldm_ray.engine.schema import GenerationRequest
 from ldm_ray.files.paths import cache_dir, outdir
-from ldm_ray.service.schemas import GenerationRequest, Permalink
+from ldm_ray.service.schemas import Permalink
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.limits import MAX_GUIDANCE, MAX_STEPS
 from ldm_ray.settings.options import Config, flag_of, kind_of, option
@@ -124,6 +125,11 @@ def test_flags_and_http_have_the_same_bounds() -> None:
         assert (guidance["minimum"], guidance["maximum"]) == (0, rules["guidance_scale"]["high"]) == (0, MAX_GUIDANCE)
         assert (steps["minimum"], steps["maximum"]) == (rules["num_inference_steps"]["low"], MAX_STEPS) == (1, 1000)
         assert tuple(sampler["enum"]) == rules["sampler"]["choices"] == tuple(DEFAULT_STEPS)
+    for name in ("eta", "guidance_start", "timestep_spacing"):
+        field, rule = generation["properties"][name]["anyOf"][0], rules[name]
+        bounds = field.get("minimum"), field.get("maximum"), field.get("exclusiveMaximum")
+        assert bounds == (rule.get("low"), rule.get("high"), rule.get("below")), name
+        assert field.get("enum") == (list(rule["choices"]) if rule.get("choices") else None), name
     stated = dict(re.findall(r"(\w+): (\w+)", rules["num_inference_steps"]["help"]))
     assert stated == {"dpmpp_2m_sde": "10", "unipc": "9", "dpmpp_2m": "8", "ddim": "20", "ddpm": "T"}
 

@@ -11,8 +11,9 @@ import psutil
 import pytest
 import torch
 
+from ldm_ray.checkpoints.runs import name_of
 from ldm_ray.files.paths import to_path
-from ldm_ray.service.library import Library, name_of
+from ldm_ray.service.library import Library
 from ldm_ray.service.service import Service
 from ldm_ray.service.settings import Settings
 from ldm_ray.settings.errors import LdmError

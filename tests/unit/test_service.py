@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from ldm_ray.data.images import enlarged, gif_parts
+from ldm_ray.engine.items import Made, item
 from ldm_ray.service import encoder, media
 from ldm_ray.service.errors import ApiError
-from ldm_ray.service.media import Made
 from tests.helpers.asgi import POST, InProcess, in_process
 
 
@@ -222,5 +222,5 @@ def test_parts_are_the_bytes_of_the_whole() -> None:
     np.save(buffer, enlarged(media.stack(images), 2))
     assert npy == buffer.getvalue()
     told = b"".join(media.json_parts({"a": 1}, images, 1))
-    wanted = {"a": 1, "data": [media.item(made, 1) for made in images]}
+    wanted = {"a": 1, "data": [item(made, 1) for made in images]}
     assert told == json.dumps(wanted, separators=(",", ":")).encode()
