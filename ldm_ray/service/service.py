@@ -18,7 +18,6 @@ from ldm_ray.engine.items import Made, parameters, parameters_of_one
 from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.requests import (
     GenerationRequest,
-    Sampling,
     checked_labels,
     labels_of,
     sampling_of,
@@ -111,15 +110,12 @@ class Service:
         served = await self.library.get(request.model)
         labels = self.labels(served, labels_of(request, served.generator.class_names))
         seeds = seeds_of(request, secrets.randbelow(MAX_SEED - request.n + 2))
-        return Order(served, seeds, labels, self.sampling(served, request), scale=scale_of(request.size))
+        sampling = sampling_of(request, served.slots.plan)
+        return Order(served, seeds, labels, sampling, scale=scale_of(request.size))
 
     def labels(self, served: Served, labels: Sequence[int | None]) -> list[int | None]:
         """Refused: a label that the model does not make."""
         return checked_labels(labels, served.generator.num_classes, served.only_digit, served.name)
-
-    def sampling(self, served: Served, request: Sampling) -> SamplingConfig:
-        """Refused: settings that the model cannot follow."""
-        return sampling_of(request, served.slots.plan)
 
     # --- from an order to images ---
 
