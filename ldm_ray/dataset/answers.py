@@ -65,7 +65,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Model:
-    """The checkpoint that answers."""
+    """The checkpoint that answers. default: the settings of requests that leave them out."""
 
     name: str
     generator: Generator
@@ -155,8 +155,8 @@ def read_wish(line: bytes, wish: Wish, model: Model) -> None:
     if request.stream:
         raise Refused("stream: a file of requests has no streams; leave stream and partial_images out", "stream")
     if request.model not in (None, model.name):
-        told = f"model: {request.model!r} is not the checkpoint of this command, {model.name!r}: name it by --ckpt"
-        raise Refused(told, "model", "model_not_found")
+        message = f"model: {request.model!r} is not the checkpoint of this command, {model.name!r}: name it by --ckpt"
+        raise Refused(message, "model", "model_not_found")
     generator = model.generator
     labels = labels_of(request, generator.class_names)
     wish.labels = checked_labels(labels, generator.num_classes, model.only_digit, model.name)
@@ -203,13 +203,13 @@ def answer(batch: list[Wish], model: Model) -> None:
         images, finite = generator.make(seeds, labels, sampling)
         fingerprint = generator.fingerprint_in(sampling.precision)
         text = parameters(model.name, generator.sha256, fingerprint, sampling, len(model.plan(sampling)))
-        made, start = zip(images[:, 0].numpy(), seeds, labels, strict=True), 0
+        pictures, start = zip(images[:, 0].numpy(), seeds, labels, strict=True), 0
         for wish in wishes:
             count = len(wish.seeds)
-            own = list(islice(made, count))
+            own = list(islice(pictures, count))
             if bool(finite[start : start + count].all()):
                 wish.data = [item(Made(*each, parameters_of_one(text, *each[1:])), wish.scale) for each in own]
             else:
-                told = "the model gave numbers that are not finite: its weights are unusable"
-                wish.error = Refused(told, code="not_finite")
+                message = "the model gave numbers that are not finite: its weights are unusable"
+                wish.error = Refused(message, code="not_finite")
             start += count

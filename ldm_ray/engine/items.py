@@ -41,6 +41,7 @@ def parameters(
 
 
 def parameters_of_one(common: dict[str, str], seed: int, label: int | None) -> dict[str, str]:
+    """What the PNG of this image says. common: the parameters of the request."""
     return common | {"seed": str(seed), "label": "none" if label is None else str(label)}
 
 
@@ -52,8 +53,8 @@ def png(made: Made, scale: int = 1) -> bytes:
 
 def item(made: Made, scale: int) -> dict[str, Any]:
     """What JSON says of an image."""
-    told: dict[str, Any] = {"seed": made.seed, "label": made.label}
+    fields: dict[str, Any] = {"seed": made.seed, "label": made.label}
     if made.pixels is None:
-        return told | {"error": made.error}
+        return fields | {"error": made.error}
     data = png(made, scale)
-    return told | {"b64_json": base64.b64encode(data).decode(), "sha256": hashlib.sha256(data).hexdigest()}
+    return fields | {"b64_json": base64.b64encode(data).decode(), "sha256": hashlib.sha256(data).hexdigest()}

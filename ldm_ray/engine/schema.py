@@ -86,12 +86,12 @@ class Strict(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
         schema = handler(core_schema)
-        told = handler.resolve_ref_schema(schema)
-        for name, each in told.get("properties", {}).items():
+        resolved = handler.resolve_ref_schema(schema)
+        for name, each in resolved.get("properties", {}).items():
             nullable = {"type": "null"} in each.get("anyOf", ())
-            if name not in told.get("required", ()) and not nullable:
+            if name not in resolved.get("required", ()) and not nullable:
                 kept = {key: each.pop(key) for key in ("title", "description", "default", "examples") if key in each}
-                told["properties"][name] = {"anyOf": [each, {"type": "null"}]} | kept
+                resolved["properties"][name] = {"anyOf": [each, {"type": "null"}]} | kept
         return schema
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,7 +103,11 @@ class Sampler:
         """The sampling settings, ``mean`` and ``sd`` of each figure over the sampling seeds, and all ``runs``."""
         runs = [self.run(seed, sampling) for seed in self.config.sampling_seeds()]
         figures = [{name: value for name, value in run.items() if name != "seed"} for run in runs]
-        return sampling.to_dict() | {"mean": over_runs(figures, mean), "sd": over_runs(figures, sd), "runs": runs}
+        return sampling.to_dict() | {
+            "mean": over_runs(figures, statistics.fmean),
+            "sd": over_runs(figures, sd),
+            "runs": runs,
+        }
 
     def run(self, seed: int, sampling: SamplingConfig) -> dict[str, Any]:
         count, began = self.config.samples, time.perf_counter()
@@ -133,14 +137,9 @@ def over_runs(runs: list[dict[str, Any]], of: Callable[[list[float]], float | No
     return {name: joined([run[name] for run in runs]) for name in runs[0]}
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def sd(values: list[float]) -> float | None:
     """Standard deviation over sampling seeds (n − 1); None for a single one."""
-    middle = mean(values)
-    return math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def kept_floors(

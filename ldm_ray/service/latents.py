@@ -2,7 +2,7 @@
 
 import torch
 
-from ldm_ray.engine.schema import scale_of, settled
+from ldm_ray.engine.schema import sampling_of, scale_of, settled
 from ldm_ray.latents.paths import interpolate, plane
 from ldm_ray.service.errors import ApiError, invalid
 from ldm_ray.service.library import Served
@@ -14,7 +14,7 @@ async def interpolation(service: Service, request: InterpolationRequest) -> Orde
     """An order of the images from one to another, straight or along the sphere through their latents (D)."""
     served = await service.library.get(request.model)
     labels = service.labels(served, [request.start.class_label, request.end.class_label])
-    sampling = service.sampling(served, request)
+    sampling = sampling_of(request, served.generator.plan)
     ends = Order([request.start.seed, request.end.seed], labels, sampling, served=served)
     with service.taken(ends):
         job = await service.run(ends)

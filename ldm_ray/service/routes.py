@@ -115,12 +115,8 @@ def images(app: FastAPI, service: Service) -> None:
         if label != "none" and not (label.isascii() and label.isdigit() and len(label) <= 4):
             raise invalid("label", "a label is a digit, or none")
         labels = service.labels(served, [None if label == "none" else int(label)])
-        sampling = settled(
-            served.generator.plan,
-            sampler=query.sampler,
-            num_inference_steps=query.steps,
-            guidance_scale=query.guidance,
-        )
+        plan, steps, guidance = served.generator.plan, query.steps, query.guidance
+        sampling = settled(plan, sampler=query.sampler, num_inference_steps=steps, guidance_scale=guidance)
         order = Order([int(seed)], labels, sampling, served=served, scale=query.scale)
         return await one_image(service, order, if_none_match)
 

@@ -19,7 +19,6 @@ from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.request import ImageRequest
 from ldm_ray.engine.schema import (
     GenerationRequest,
-    Sampling,
     checked_labels,
     labels_of,
     sampling_of,
@@ -33,7 +32,6 @@ from ldm_ray.service.library import Library, Served
 from ldm_ray.service.metrics import Metrics
 from ldm_ray.service.settings import Settings
 from ldm_ray.settings.limits import MAX_SEED, SIDE
-from ldm_ray.settings.sampling import SamplingConfig
 
 SURE = 0.7  # share of the deadline within which an image is promised: the rate is an estimate
 CACHED = 4096  # permalink images
@@ -109,15 +107,12 @@ class Service:
         served = await self.library.get(request.model)
         labels = self.labels(served, labels_of(request, served.generator.class_names))
         seeds = seeds_of(request, secrets.randbelow(MAX_SEED - request.n + 2))
-        return Order(seeds, labels, self.sampling(served, request), served=served, scale=scale_of(request.size))
+        sampling = sampling_of(request, served.generator.plan)
+        return Order(seeds, labels, sampling, served=served, scale=scale_of(request.size))
 
     def labels(self, served: Served, labels: Sequence[int | None]) -> list[int | None]:
         """Refused: a label that the model does not make."""
         return checked_labels(labels, served.generator.num_classes, served.only_digit, served.name)
-
-    def sampling(self, served: Served, request: Sampling) -> SamplingConfig:
-        """Refused: settings that the model cannot follow."""
-        return sampling_of(request, served.generator.plan)
 
     # --- from an order to images ---
 
