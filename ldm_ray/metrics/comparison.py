@@ -20,8 +20,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint, embed
+from ldm_ray.checkpoints.choose import load
 from ldm_ray.diffusion.samplers import denoiser_rows, plan_of
-from ldm_ray.engine.generator import Generator, load
+from ldm_ray.engine.generator import Generator
 from ldm_ray.files.paths import AnyPath
 from ldm_ray.models.unet import UNet
 from ldm_ray.settings.sampling import SamplingConfig

@@ -71,9 +71,8 @@ def evaluate(
 def figures_of(ckpt: AnyPath, test: Tensor, samples: int) -> dict[str, Any]:
     """``quality`` of a checkpoint's images by the default sampler against test (N, 1, 28, 28) uint8, on the CPU:
     what can be asked for often. Image i has the seed i and each class in turn."""
-    generator, args = Generator.open(ckpt, torch.device("cpu"))
-    digit = args.get("only_digit")
-    labels = generator.in_turn(samples, digit)
+    generator = Generator.open(ckpt)
+    labels = generator.in_turn(samples)
     images = make(generator, range(samples), labels, DEFAULT, f"measuring {ckpt}")
     return quality(images, torch.tensor(labels), Reference.of(test), memorisation=False)
 

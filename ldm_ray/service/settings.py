@@ -114,7 +114,7 @@ def check(ckpt: str, ae_ckpt: str | None, outdir: str) -> None:
     try:
         path = to_path(ckpt)
         search = [path.parent, to_path(outdir)]
-        made = Generator.open(path, "cpu", to_path(ae_ckpt) if ae_ckpt else None, search=search)[0]
+        made = Generator.open(path, "cpu", to_path(ae_ckpt) if ae_ckpt else None, search=search)
         check_size(path, made.codec.image_size)
     except (ConfigError, ValueError) as error:
         raise Mistake(str(error)) from None
