@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ldm_ray.checkpoints.runs import floors_file
-from ldm_ray.data.examples import fingerprint
 from ldm_ray.data.recorded import warn
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.engine.generator import DEFAULT, Generator
 from ldm_ray.files.paths import AnyPath, outdir, write_bytes
+from ldm_ray.files.records import fingerprint
 from ldm_ray.metrics.floors import autoencoder_hash, floors
 from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers, is_mnist, others_note
 from ldm_ray.metrics.quality import Reference, quality
