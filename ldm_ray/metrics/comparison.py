@@ -38,7 +38,7 @@ def facts(loaded: DiffusionCheckpoint, sampling: SamplingConfig) -> dict[str, An
     """What follows from a checkpoint alone. Operations are those of matrices and convolutions, a multiplication and
     an addition being two."""
     generator = Generator.of(loaded)
-    args = loaded.info.get("args", {})
+    args = loaded.args
     plan = plan_of(loaded.schedule, sampling, loaded.prediction_type)
     passes = denoiser_rows(plan, sampling.guidance_scale)
     dim = generator.codec.latent_dim
