@@ -37,7 +37,7 @@ class OneByOne:
 
     def __init__(self, ckpt: str) -> None:
         torch.set_num_threads(2)
-        self.generator = Generator.open(Path(ckpt))[0]
+        self.generator = Generator.open(Path(ckpt))
 
     def __call__(self, request: Any) -> dict[str, Any]:
         seed = int(request.query_params["seed"])

@@ -74,7 +74,7 @@ def own(process: psutil.Process) -> float:
 
 
 def scaling(args: argparse.Namespace, folder: Path) -> None:
-    generator, _ = Generator.open(args.ckpt)
+    generator = Generator.open(args.ckpt)
     bare(generator, 4096)
     print(
         "| images | workers | one bare thread, images/s | workers up | ratio per worker | cold start | seconds | MB |"
@@ -105,7 +105,7 @@ def resume(args: argparse.Namespace, folder: Path) -> None:
 
 
 def encoder(args: argparse.Namespace, folder: Path) -> None:
-    generator, _ = Generator.open(args.ckpt)
+    generator = Generator.open(args.ckpt)
     images = generator(range(4096), [i % 10 for i in range(4096)])[:, 0].numpy()
 
     def pillow(level: int) -> Callable[[np.ndarray], list[bytes]]:

@@ -120,7 +120,7 @@ class Steps:
                     raise RuntimeError((self.outdir / "serve.log").read_text()[-400:])
                 time.sleep(0.5)
             self.report.note("serve", "ready", time.perf_counter() - started, "s")
-            generator, _ = Generator.open(self.ckpt(), pick_device(self.device))
+            generator = Generator.open(self.ckpt(), pick_device(self.device))
             wanted = generator(range(40, 40 + EACH), [7] * EACH)[:, 0].numpy()
             made = images(port, 40)
             same = made.shape[0] == EACH and np.array_equal(made.reshape(wanted.shape), wanted)

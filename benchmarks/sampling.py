@@ -45,7 +45,7 @@ class Ways:
         assert isinstance(loaded.denoiser, Denoiser)
         self.denoiser, self.schedule = loaded.denoiser.to(self.device), loaded.schedule
         self.codec = loaded.autoencoder.codec.to(self.device)
-        self.generator, _ = Generator.open(ckpt, self.device, ae_ckpt)
+        self.generator = Generator.open(ckpt, self.device, ae_ckpt)
         self.tabled = TabledDenoiser(self.denoiser, self.schedule.num_train_timesteps)
 
     def labels(self, count: int) -> torch.Tensor:

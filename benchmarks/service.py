@@ -158,7 +158,7 @@ def start(ckpt: Path, folder: Path) -> subprocess.Popen:
 
 
 def measure(given: argparse.Namespace) -> None:
-    generator, _ = Generator.open(given.ckpt)
+    generator = Generator.open(given.ckpt)
     in_process(generator, 64, 1)
 
     def many(i: int) -> bytes:

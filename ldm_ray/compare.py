@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm_ray.files.paths import AnyPath, cache_dir, outdir, to_path
+from ldm_ray.settings.diffusion import SPACES
 from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.settings.evaluation import CompareConfig
 from ldm_ray.terminal import cli, flags
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = cli.folder_path(config.output)
     from ldm_ray.checkpoints import runs
     from ldm_ray.checkpoints.checkpoint import versions
+    from ldm_ray.checkpoints.choose import named_or_newest
     from ldm_ray.data.images import encode_png
     from ldm_ray.devices.device import pick_device
     from ldm_ray.files.paths import write_bytes
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ldm_ray.metrics.picture import side_by_side
 
     base, device = outdir(config.outdir), pick_device(config.device)
-    paths = [to_path(path) for path in config.ckpt or ()] or newest(base)
+    paths = [to_path(path) for path in config.ckpt or ()]
+    paths = paths or [named_or_newest(None, base, space=space) for space in SPACES]
     loaded = [load_checked(path, base, config) for path in paths]
     own = real_images(loaded, paths, config) if config.samples else []
     for folder in (base, output):
@@ -69,25 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def newest(base: AnyPath) -> list[AnyPath]:
-    """The newest checkpoint of each space. ConfigError unless there is one of each."""
-    from ldm_ray.checkpoints import runs
-    from ldm_ray.settings.diffusion import SPACES
-
-    found = {space: runs.newest_diffusion(base, (space,)) for space in SPACES}
-    for space, path in found.items():
-        if path is None:
-            raise ConfigError(
-                f"no checkpoint of --space {space} under {base}: name some by --ckpt, or make one with "
-                f"python -m ldm_ray.train --space {space}"
-            )
-    return [path for path in found.values() if path is not None]
-
-
 def load_checked(path: AnyPath, base: AnyPath, config: CompareConfig) -> Any:
     """A checkpoint that can be measured. CheckpointError when it cannot."""
+    from ldm_ray.checkpoints.choose import load
     from ldm_ray.diffusion.samplers import plan_of
-    from ldm_ray.engine.generator import check_precision, load
+    from ldm_ray.engine.generator import check_precision
 
     found = load(path, search=[path.parent, base])
     plan_of(found.schedule, config.sampling, found.prediction_type)  # more steps than timesteps are refused here
@@ -103,7 +92,7 @@ def real_images(loaded: list[Any], paths: list[AnyPath], config: CompareConfig) 
 
     cache = cache_dir(config.cache_dir)
     own = [
-        load_own(model.info, path, config.dataset, cache, model.info.get("args", {}).get("only_digit"))
+        load_own(model.info, path, config.dataset, cache, model.only_digit)
         for path, model in zip(paths, loaded, strict=True)
     ]
     if len({sources[0].revision for sources, _ in own}) > 1:
@@ -117,9 +106,9 @@ def images_of(model: Any, device: Any, config: CompareConfig) -> tuple[Any, int]
     of one digit all show that."""
     from ldm_ray.engine.generator import Generator
 
-    generator, only = Generator.of(model, device), model.info.get("args", {}).get("only_digit")
+    generator = Generator.of(model, device)
     columns = min(COLUMNS, len(generator.labels))
-    labels = [generator.labels[i % columns] if only is None else only for i in range(ROWS * columns)]
+    labels = generator.in_turn(columns) * ROWS
     with generator.progress("making the picture", len(labels), config.sampling) as progress:
         return generator(range(len(labels)), labels, config.sampling, progress.watch), columns
 

@@ -14,8 +14,7 @@ if not __package__:  # python ldm_ray/evaluate.py
 
 from collections.abc import Sequence
 
-from ldm_ray.files.paths import cache_dir, outdir, to_path
-from ldm_ray.settings.errors import ConfigError
+from ldm_ray.files.paths import cache_dir, outdir
 from ldm_ray.settings.evaluation import EvaluateConfig
 from ldm_ray.terminal import cli, flags
 
@@ -27,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = cli.folder_path(config.output)
     from ldm_ray.checkpoints import runs
     from ldm_ray.checkpoints.checkpoint import versions
+    from ldm_ray.checkpoints.choose import chosen
     from ldm_ray.data.images import encode_png
     from ldm_ray.data.recorded import load_own
     from ldm_ray.devices.device import pick_device
-    from ldm_ray.engine.generator import Generator, check_precision, load
+    from ldm_ray.engine.generator import Generator, check_precision
     from ldm_ray.files.paths import write_bytes
     from ldm_ray.metrics.evaluation import evaluate, write_json
     from ldm_ray.metrics.lenet import SHA256
@@ -38,22 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     base = outdir(config.outdir)
     device = pick_device(config.device)
-    ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(base)
-    if ckpt is None:
-        raise ConfigError(f"no checkpoint under {base}: name one by --ckpt, or make one with python -m ldm_ray.train")
-    ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
-    model = load(ckpt, ae_ckpt, config.force, search=[ckpt.parent, base])
+    model = chosen(config, base)
     check_precision(config.precision, model.codec)
-    only = model.info.get("args", {}).get("only_digit")
-    sources, notes = load_own(model.info, ckpt, config.dataset, cache_dir(config.cache_dir), only)
+    sources, notes = load_own(model.info, model.path, config.dataset, cache_dir(config.cache_dir), model.only_digit)
     for folder in (base, output):
         runs.check_writable(folder)
     generator = Generator.of(model, device)
     found, picture = evaluate(config, generator, sources)
     found["notes"] = notes + found["notes"]
-    about = {"checkpoint": {"path": str(ckpt), "sha256": generator.sha256}, "settings": config.to_dict()}
+    about = {"checkpoint": {"path": model.path, "sha256": model.sha256}, "settings": config.to_dict()}
     write_json(output / "metrics.json", about | {"versions": versions(), "classifiers": SHA256} | found)
-    write_bytes(output / "samples.png", encode_png(picture, {"checkpoint": generator.sha256}))
+    write_bytes(output / "samples.png", encode_png(picture, {"checkpoint": model.sha256}))
     test = found["dataset"]["test"]
     print(f"{config.samples} images a row against the {test['count']} test images of {test['name']}; sampling seeds "
           f"{config.seeds}, mean ± sd\n\n{table(found)}\n")  # fmt: skip

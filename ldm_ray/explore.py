@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ldm_ray.files.paths import outdir, to_path
+from ldm_ray.files.paths import outdir
 from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.settings.latents import ExploreConfig
 from ldm_ray.terminal import cli, flags
@@ -33,21 +33,17 @@ Names = list[str]
 def main(argv: Sequence[str] | None = None) -> int:
     config = flags.parse_config(ExploreConfig, flags.Parser(prog=PROG, description=__doc__), argv)
     output = cli.picture_path(config.output)
-    from ldm_ray.checkpoints import runs
+    from ldm_ray.checkpoints.choose import chosen
     from ldm_ray.data.images import encode_png, grid
     from ldm_ray.devices.device import pick_device
     from ldm_ray.engine.generator import Generator
     from ldm_ray.files.paths import write_bytes
     from ldm_ray.latents.labels import labelled
 
-    base = outdir(config.outdir)
-    ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(base)
-    if ckpt is None:
-        raise ConfigError(f"no checkpoint under {base}: name one by --ckpt, or make one with python -m ldm_ray.train")
-    ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
     device = pick_device(config.device)
-    generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, base])
-    labels = labels_of(config, generator, info.get("only_digit"))
+    model = chosen(config, outdir(config.outdir))
+    generator = Generator.of(model, device)
+    labels = labels_of(config, generator)
     latents, rows, columns = sheet(config, generator, labels)
     told = {
         "checkpoint": generator.sha256,
@@ -61,17 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("beside the rows and above the columns: the places along the plane's axes, in standard deviations")
     else:
         print("\n".join(f"row {number + 1:>3}  {row}" for number, row in enumerate(rows)))
-    print(f"{counted(latents.shape[0], 'row')} of {latents.shape[1]} images from {ckpt} in {output}")
+    print(f"{counted(latents.shape[0], 'row')} of {latents.shape[1]} images from {model.path} in {output}")
     return 0
 
 
-def labels_of(config: ExploreConfig, generator: Generator, only: int | None) -> list[int | None]:
+def labels_of(config: ExploreConfig, generator: Generator) -> list[int | None]:
     """The classes asked for. ConfigError: unknown; CheckpointError: not the one that the model was trained on."""
     from ldm_ray.data.classes import classes_of
 
+    only = generator.only_digit
     if config.digits is None:
-        found: list[int | None] = [only] if only is not None else list(generator.labels)
-        return found[:1] if config.sheet == "traverse" else found
+        count = 1 if config.sheet == "traverse" or only is not None else len(generator.labels)
+        return [*generator.in_turn(count)]
     if config.digits.strip().lower() == "none":
         return [None]
     labels: list[int | None] = [*classes_of(config.digits, generator.class_names)]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_ray.files.hold import hold
-from ldm_ray.files.paths import AnyPath, local_path, outdir, to_path
+from ldm_ray.files.paths import local_path, outdir, to_path
 from ldm_ray.settings.datasets import GenerateConfig, VerifyConfig
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.terminal import cli, flags
@@ -60,15 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = flags.parse_config(GenerateConfig, flags.Parser(prog=PROG, description=__doc__), given)
     if config.output and not config.requests:
         raise ConfigError("--output belongs to --requests FILE; a dataset's folder is --outdir")
-    path = checkpoint_path(config.ckpt)
+    from ldm_ray.checkpoints.choose import chosen
+
+    model = chosen(config, outdir(None))
     if config.requests:
         from ldm_ray.checkpoints import runs
         from ldm_ray.dataset.answers import answer_file
 
         output = local_path(config.output or f"{config.requests}.answers.jsonl")
-        return answer_file(local_path(config.requests), output, runs.name_of(path), load_model(config, path), config)
+        name = runs.name_of(to_path(model.path))
+        return answer_file(local_path(config.requests), output, name, model, config)
     with contextlib.ExitStack() as held:
-        return generate(config, path, held)
+        return generate(config, model, held)
 
 
 def verify(argv: Sequence[str]) -> int:
@@ -84,25 +87,6 @@ def verify(argv: Sequence[str]) -> int:
     return verify_dataset(folder, config)
 
 
-def checkpoint_path(given: str | None) -> AnyPath:
-    """The given checkpoint or the newest. ConfigError when there is none."""
-    from ldm_ray.checkpoints import runs
-
-    path = to_path(given) if given else runs.newest_diffusion(outdir(None))
-    if path is None:
-        raise ConfigError(
-            f"no checkpoint under {outdir(None)}: name one by --ckpt, or make one with python -m ldm_ray.train"
-        )
-    return path.absolute()
-
-
-def load_model(config: GenerateConfig, path: AnyPath) -> DiffusionCheckpoint:
-    from ldm_ray.engine.generator import load
-
-    ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
-    return load(path, ae_ckpt, config.force, search=[path.parent, outdir(None)])
-
-
 def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) -> Request:
     """What the flags ask for. ConfigError on what cannot be made."""
     from ldm_ray.dataset.request import Request
@@ -114,11 +98,10 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     check_precision(config.precision, model.codec)
     assert model.codec is not None
     seeds = Seeds.parse(config.seeds)
-    only = model.info.get("args", {}).get("only_digit")
     return Request(
         seeds=seeds,
         labels=Labels.parse(
-            config.labels, model.denoiser.num_classes, len(seeds), only, model.class_names, model.labels
+            config.labels, model.denoiser.num_classes, len(seeds), model.only_digit, model.class_names, model.labels
         ),
         sampling=with_defaults(model.schedule, config),
         shard_size=config.shard_size,
@@ -131,7 +114,7 @@ def request_of(config: GenerateConfig, model: DiffusionCheckpoint, engine: str) 
     )
 
 
-def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) -> int:
+def generate(config: GenerateConfig, model: DiffusionCheckpoint, held: contextlib.ExitStack) -> int:
     """Makes what is missing of the dataset; starts no Ray where nothing is. held: has the folder while it is written.
 
     ConfigError when another command has it, or it holds another request.
@@ -141,7 +124,7 @@ def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) 
     from ldm_ray.engine.generator import fingerprint_of
     from ldm_ray.files.store import Store
 
-    model, store = load_model(config, path), Store(config.outdir)
+    store = Store(config.outdir)
     with contextlib.ExitStack() as stack:
         if os.environ.get("RAY_ADDRESS") and not config.dry_run:
             device, engine = join(stack, config)
@@ -162,7 +145,7 @@ def generate(config: GenerateConfig, path: AnyPath, held: contextlib.ExitStack) 
             held.enter_context(hold(Path(store.root) if store.is_local else to_path(config.outdir)))
             found, records = made_before(config, store, asked)  # another command may have had it until now
         ae_ckpt = str(to_path(config.ae_ckpt).absolute()) if config.ae_ckpt else None
-        manifest = found or asked.manifest(str(path), ae_ckpt, device)
+        manifest = found or asked.manifest(str(to_path(model.path).absolute()), ae_ckpt, device)
         if len(records) < asked.num_shards:
             log.info(
                 "%s, %s of %s shards there, to %s",

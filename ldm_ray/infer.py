@@ -17,7 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from ldm_ray.files.paths import outdir, to_path
+from ldm_ray.files.paths import outdir
 from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.settings.limits import MAX_SEED
 from ldm_ray.settings.sampling import InferConfig
@@ -35,24 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = cli.picture_path(config.output)
     if config.seed + config.num_images - 1 > MAX_SEED:
         raise ConfigError(f"--seed {config.seed} with {config.num_images} images goes beyond the last seed, {MAX_SEED}")
-    from ldm_ray.checkpoints import runs
+    from ldm_ray.checkpoints.choose import chosen
     from ldm_ray.data.classes import class_of
     from ldm_ray.data.images import save_grid
     from ldm_ray.devices.device import pick_device
     from ldm_ray.engine.generator import Generator
 
     device = pick_device(config.device)
-    ckpt = to_path(config.ckpt) if config.ckpt else runs.newest_diffusion(outdir(config.outdir))
-    if ckpt is None:
-        raise ConfigError(
-            f"no checkpoint under {outdir(config.outdir)}: name one by --ckpt, or make one with python -m ldm_ray.train"
-        )
-    ae_ckpt = to_path(config.ae_ckpt) if config.ae_ckpt else None
-    generator, info = Generator.open(ckpt, device, ae_ckpt, config.force, search=[ckpt.parent, outdir(config.outdir)])
-    only = info.get("only_digit")
+    model = chosen(config, outdir(config.outdir))
+    generator, only = Generator.of(model, device), model.only_digit
     digit = only if config.digit is None else class_of(config.digit, generator.class_names)
     if only not in (None, digit):
-        raise CheckpointError(f"{ckpt} was trained on digit {only} alone, not on {config.digit}")
+        raise CheckpointError(f"{model.path} was trained on digit {only} alone, not on {config.digit}")
     seeds = [config.seed + i for i in range(config.num_images)]
     labels = generator.in_turn(config.num_images, digit)
     what = counted(config.num_images, "image")
@@ -65,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     text = {key: str(value) for key, value in (told | config.sampling.to_dict()).items() if value is not None}
     save_grid(images, output, text=text)
-    print(f"{what} from {ckpt} in {output}")
+    print(f"{what} from {model.path} in {output}")
     if config.show_process:
         count = min(PROCESS_IMAGES, config.num_images)
         for made in show_process(generator, seeds[:count], labels[:count], config, output):

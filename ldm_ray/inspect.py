@@ -14,8 +14,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ldm_ray.files.paths import AnyPath, outdir, to_path
-from ldm_ray.settings.errors import ConfigError
+from ldm_ray.files.paths import AnyPath, outdir
 from ldm_ray.terminal import cli, flags
 from ldm_ray.terminal.text import shown
 
@@ -33,23 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="print every setting, not the main lines alone")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     given = parser.parse_args(argv)
-    found = describe(to_path(given.checkpoint) if given.checkpoint else newest())
+    from ldm_ray.checkpoints.choose import named_or_newest
+
+    found = describe(named_or_newest(given.checkpoint, outdir(None), by=""))
     if given.json:
         print(json.dumps(found, indent=1, default=str))
     else:
         show(found if given.all else main_lines(found))
     return 0
-
-
-def newest() -> AnyPath:
-    """The newest denoiser's checkpoint. ConfigError when there is none."""
-    from ldm_ray.checkpoints import runs
-
-    base = outdir(None)
-    path = runs.newest_diffusion(base)
-    if path is None:
-        raise ConfigError(f"no checkpoint under {base}: name one, or make one with python -m ldm_ray.train")
-    return path
 
 
 def main_lines(found: dict[str, Any]) -> dict[str, Any]:
@@ -97,40 +87,37 @@ def phrases(values: dict[str, Any], forms: dict[str, str]) -> list[str]:
 
 def describe(path: AnyPath) -> dict[str, Any]:
     """What the file holds. CheckpointError when it is no usable checkpoint."""
-    from ldm_ray.checkpoints import checkpoint
+    from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint, load
 
-    content, kind = checkpoint.glance(path)
-    found: dict[str, Any] = {"file": str(path), "kind": kind}
-    if kind == "autoencoder":
-        loaded = checkpoint.load_autoencoder(path)
-        found |= {"sha256": loaded.sha256, "type": loaded.codec.kind, "latent_dim": loaded.codec.latent_dim}
+    loaded = load(path)
+    found: dict[str, Any] = {"file": loaded.path, "kind": loaded.kind, "sha256": loaded.sha256}
+    if isinstance(loaded, AutoencoderCheckpoint):
+        found |= {"type": loaded.codec.kind, "latent_dim": loaded.codec.latent_dim}
         found |= {"parameters": sum(p.numel() for p in loaded.codec.model.parameters())}
         found |= {"image_size": loaded.codec.image_size, "only_digit": loaded.only_digit}
         return found | settings_once(loaded.info)
-    diffusion = checkpoint.load_diffusion(path)
-    denoiser, carried = diffusion.denoiser, diffusion.autoencoder
+    denoiser, carried = loaded.denoiser, loaded.autoencoder
     found |= {
-        "sha256": diffusion.sha256,
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "latent_dim": denoiser.latent_dim,
         "hidden_dim": denoiser.hidden_dim,
         "num_classes": denoiser.num_classes,
-        "class_names": ", ".join(diffusion.class_names),
-        "schedule": diffusion.schedule.to_dict(),
-        "averaged_weights": "ema" in content,
-        "resumable": "training" in content,
+        "class_names": ", ".join(loaded.class_names),
+        "schedule": loaded.schedule.to_dict(),
+        "averaged_weights": loaded.averaged,
+        "resumable": loaded.resumable,
     }
-    if kind == "pixel_diffusion":
-        assert diffusion.codec is not None
-        return found | {"image_size": diffusion.codec.image_size} | settings_once(diffusion.info)
+    if loaded.kind == "pixel_diffusion":
+        assert loaded.codec is not None
+        return found | {"image_size": loaded.codec.image_size} | settings_once(loaded.info)
     found["num_blocks"] = denoiser.num_blocks
     if carried:
         size = {"image_size": carried.codec.image_size}
         found["autoencoder"] = {"type": carried.codec.kind} | size | {"path": carried.path, "sha256": carried.sha256}
     else:
-        args = content["args"]
+        args = loaded.args
         found["autoencoder"] = {"type": args.get("ae_model"), "path": args.get("ae_ckpt"), "carried": False}
-    return found | settings_once(diffusion.info)
+    return found | settings_once(loaded.info)
 
 
 def settings_once(info: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def run(config: SearchConfig, base: Path, paths: SearchPaths, given: list[str]) 
     from ldm_ray.distributed.cluster import connected
 
     train = config.train_config(auto_resume=config.resume)  # of an autoencoder that a stop has left unfinished
-    found = pipeline.autoencoder_of(train, base, None)
+    found = pipeline.autoencoder_of(train, base)
     with connected():
         latents = pipeline.latents_of(train, base, found)
         if isinstance(latents, pipeline.Outcome):

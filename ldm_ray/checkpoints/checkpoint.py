@@ -7,11 +7,10 @@ Own format 1: one ``torch.save``d dictionary with the existing top-level keys (`
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from ldm_ray.checkpoints.restore import (
     schedule_of,
 )
 from ldm_ray.checkpoints.safe_load import naming, with_tensors
+from ldm_ray.checkpoints.untrusted.tensors import Source
 from ldm_ray.checkpoints.weights import kind_of, named, unwrapped
 from ldm_ray.data.classes import labels_in, names_in
 from ldm_ray.diffusion.schedule import NoiseSchedule
@@ -51,9 +51,10 @@ class DiffusionCheckpoint:
     """A denoiser with everything needed to sample; it has the averaged weights where there are any.
 
     codec: what it diffuses in; None only in existing-format files for which no autoencoder was given. autoencoder:
-    None there and in pixel space.
+    None there and in pixel space. averaged, resumable: whether the file has averaged weights, and a training state.
     """
 
+    kind: str
     denoiser: ConditionedDenoiser
     schedule: NoiseSchedule
     codec: Codec | None
@@ -61,6 +62,8 @@ class DiffusionCheckpoint:
     prediction_type: str
     path: str
     sha256: str
+    averaged: bool
+    resumable: bool
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,13 +81,47 @@ class DiffusionCheckpoint:
         """The classes that are sampled by default: all that it was trained on images of."""
         return labels_in(self.info, self.denoiser.num_classes)
 
+    @property
+    def args(self) -> dict[str, Any]:
+        """The settings, by the names of existing files."""
+        return self.info.get("args", {})
+
+    @property
+    def only_digit(self) -> int | None:
+        """The one class that it was trained on; None where it was trained on all."""
+        return self.args.get("only_digit")
+
+    def joined(self, other: AutoencoderCheckpoint, force: bool = False) -> DiffusionCheckpoint:
+        """With another autoencoder, and the statistics of the one inside. CheckpointError where they do not go
+        together; a hash or type other than the recorded one is an error unless ``force``."""
+        recorded = self.autoencoder
+        if recorded is not None and recorded.sha256 != other.sha256 and not force:
+            raise CheckpointError(
+                f"--ae-ckpt {other.path} has SHA-256 {other.sha256}, but {self.path} was trained with "
+                f"{recorded.sha256}: leave --ae-ckpt out to use the one inside, or add --force"
+            )
+        said = str(self.args.get("ae_model") or other.codec.kind).removeprefix("ae-")
+        if said != other.codec.kind and not force:
+            raise CheckpointError(
+                f"--ae-ckpt {other.path} is of type {other.codec.kind}, but {self.path} needs {shown(said)}"
+            )
+        if recorded is not None:
+            other = replace(other, codec=other.codec.with_statistics(recorded.codec.statistics))
+        return self.decoded_by(other)
+
+    def decoded_by(self, autoencoder: AutoencoderCheckpoint) -> DiffusionCheckpoint:
+        """CheckpointError where the sizes differ."""
+        if autoencoder.codec.latent_dim != self.denoiser.latent_dim:
+            raise CheckpointError(
+                f"{self.path} denoises {self.denoiser.latent_dim} numbers, the autoencoder "
+                f"{shown(autoencoder.path, 200)} makes {autoencoder.codec.latent_dim}"
+            )
+        return replace(self, codec=autoencoder.codec, autoencoder=autoencoder)
+
 
 def file_sha256(path: AnyPath) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return Source(stream, 0, 0).sha256()
 
 
 def versions() -> dict[str, str]:
@@ -101,42 +138,43 @@ def write(path: AnyPath, content: dict[str, Any]) -> None:
     write_bytes(path, buffer.getbuffer(), durable=True)
 
 
-@contextmanager
-def opened(path: AnyPath, whole: bool = False) -> Iterator[tuple[dict[str, Any], str]]:
-    """(content, kind: one of ``KINDS``): metadata plain and checked, weights as ``model`` and ``ema`` and not read yet.
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An open file: metadata plain and checked, weights as ``model`` and ``ema`` and not read yet."""
 
-    whole: the training state is wanted too. CheckpointError in one line.
-    """
-    with safe_load.opened(path, whole) as stored:
+    path: AnyPath
+    content: dict[str, Any]
+    kind: str  # one of ``KINDS``
+    source: Source
+
+
+@contextmanager
+def opened(path: AnyPath, whole: bool = False) -> Iterator[Opened]:
+    """whole: the training state is wanted too. CheckpointError in one line."""
+    with safe_load.opened(path, whole) as (stored, source):
         with naming(path):
             content = record.checked(unwrapped(stored))
-        yield content, content.get("kind") or kind_of(content["model"])
+        kind = content.get("kind") or kind_of(content["model"])
+        yield Opened(path=path, content=content, kind=kind, source=source)
 
 
 def read(path: AnyPath) -> tuple[dict[str, Any], str]:
-    """As ``opened``, with all tensors read, and the training state checked where there is one."""
-    with opened(path, whole=True) as (content, kind), naming(path):
-        read = with_tensors(content)
+    """(content, kind) with all tensors read, and the training state checked where there is one."""
+    with opened(path, whole=True) as file, naming(path):
+        content = with_tensors(file.content)
         if content.get("format_version") and "training" in content:
-            record.training(read["training"])
-        return read, kind
-
-
-def glance(path: AnyPath) -> tuple[dict[str, Any], str]:
-    """As ``opened``, for what is beside the tensors."""
-    with opened(path) as content:
-        return content
+            record.training(content["training"])
+        return content, file.kind
 
 
 def autoencoder_type(path: AnyPath) -> tuple[str, int | None]:
     """(type, the one digit it was trained on) of an autoencoder, without its numbers; ("", None) of a denoiser.
     CheckpointError; ``Foreign`` for a file of something else."""
-    content, kind = glance(path)
-    if kind != "autoencoder":
-        return "", None
-    with naming(path):
-        name, _ = detect(named(content["model"], "autoencoder"), content["args"])
-    return name, content["args"].get("only_digit")
+    with opened(path) as file, naming(path):
+        if file.kind != "autoencoder":
+            return "", None
+        args = file.content["args"]
+        return detect(named(file.content["model"], "autoencoder"), args)[0], args.get("only_digit")
 
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:
@@ -156,19 +194,18 @@ def state_of(content: dict[str, Any]) -> str:
     return f"{'finished' if early or epoch >= epochs else UNFINISHED}, epoch {epoch} of {epochs}"
 
 
+def load(path: AnyPath) -> AutoencoderCheckpoint | DiffusionCheckpoint:
+    """The model in a file, of whatever kind, with all that the file says of it. CheckpointError in one line."""
+    with opened(path) as file:
+        return autoencoder_in(file) if file.kind == "autoencoder" else diffusion_in(file)
+
+
 def load_autoencoder(path: AnyPath) -> AutoencoderCheckpoint:
     """Reads an autoencoder checkpoint; its type comes from the file. Raises CheckpointError in one line."""
-    with opened(path) as (content, kind):
-        if kind != "autoencoder":
+    with opened(path) as file:
+        if file.kind != "autoencoder":
             raise CheckpointError(f"checkpoint {path} holds a denoiser, not an autoencoder")
-        codec = codec_of(content["model"], content["args"], content.get("statistics"), path)
-    return AutoencoderCheckpoint(
-        codec=codec,
-        path=str(path),
-        sha256=file_sha256(path),
-        only_digit=content["args"].get("only_digit"),
-        info=summary(content),
-    )
+        return autoencoder_in(file)
 
 
 def load_diffusion(path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = False) -> DiffusionCheckpoint:
@@ -177,50 +214,53 @@ def load_diffusion(path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = 
     ae_ckpt: wins over the one inside; a hash other than the recorded one is an error unless ``force``.
     Raises CheckpointError in one line.
     """
-    with opened(path) as (content, kind):
-        if kind == "autoencoder":
+    with opened(path) as file:
+        if file.kind == "autoencoder":
             raise CheckpointError(f"checkpoint {path} holds an autoencoder, not a denoiser: see --ae-ckpt")
-        pixels, args = kind == "pixel_diffusion", content["args"] | content["schedule"]
-        schedule = schedule_of(args, path)
-        denoiser = denoiser_of(content, pixels, schedule.num_train_timesteps, path)
-        if pixels and ae_ckpt is not None:
-            raise CheckpointError(f"{path} diffuses pixels and has no autoencoder: leave --ae-ckpt out")
-        autoencoder = from_embedded(content.get("autoencoder"), path)
+        loaded = diffusion_in(file)
+    if ae_ckpt is None:
+        return loaded
+    if isinstance(loaded.codec, PixelCodec):
+        raise CheckpointError(f"{path} diffuses pixels and has no autoencoder: leave --ae-ckpt out")
+    return loaded.joined(load_autoencoder(ae_ckpt), force)
+
+
+def autoencoder_in(file: Opened) -> AutoencoderCheckpoint:
+    content = file.content
+    return AutoencoderCheckpoint(
+        codec=codec_of(content["model"], content["args"], content.get("statistics"), file.path),
+        path=str(file.path),
+        sha256=file.source.sha256(),
+        only_digit=content["args"].get("only_digit"),
+        info=summary(content),
+    )
+
+
+def diffusion_in(file: Opened) -> DiffusionCheckpoint:
+    """With the autoencoder that the file carries, if it does."""
+    path, content, pixels = file.path, file.content, file.kind == "pixel_diffusion"
+    args = content["args"] | content["schedule"]
+    schedule = schedule_of(args, path)
+    denoiser = denoiser_of(content, pixels, schedule.num_train_timesteps, path)
     if (args.get("only_digit") or 0) >= denoiser.num_classes:
         raise CheckpointError(
             f"checkpoint {path}: 'args.only_digit' is {args['only_digit']}, of {denoiser.num_classes} classes"
         )
-    if ae_ckpt is not None:
-        other, recorded = load_autoencoder(ae_ckpt), autoencoder
-        if recorded is not None and recorded.sha256 != other.sha256 and not force:
-            raise CheckpointError(
-                f"--ae-ckpt {ae_ckpt} has SHA-256 {other.sha256}, but {path} was trained with {recorded.sha256}: "
-                "leave --ae-ckpt out to use the one inside, or add --force"
-            )
-        if recorded is not None:
-            other.codec = other.codec.with_statistics(recorded.codec.statistics)
-        said = str(args.get("ae_model") or other.codec.kind).removeprefix("ae-")
-        if said != other.codec.kind and not force:
-            raise CheckpointError(f"--ae-ckpt {ae_ckpt} is of type {other.codec.kind}, but {path} needs {shown(said)}")
-        autoencoder = other
-    codec: Codec | None = autoencoder.codec if autoencoder else None
-    if isinstance(denoiser, UNet):
-        codec, autoencoder = PixelCodec(denoiser.image_size), None
-    if autoencoder is not None and autoencoder.codec.latent_dim != denoiser.latent_dim:
-        raise CheckpointError(
-            f"{path} denoises {denoiser.latent_dim} numbers, the autoencoder {shown(autoencoder.path, 200)} "
-            f"makes {autoencoder.codec.latent_dim}"
-        )
-    return DiffusionCheckpoint(
+    loaded = DiffusionCheckpoint(
+        kind=file.kind,
         denoiser=denoiser,
         schedule=schedule,
-        codec=codec,
-        autoencoder=autoencoder,
+        codec=PixelCodec(denoiser.image_size) if isinstance(denoiser, UNet) else None,
+        autoencoder=None,
         prediction_type=content.get("prediction_type") or "epsilon",
         path=str(path),
-        sha256=file_sha256(path),
+        sha256=file.source.sha256(),
+        averaged="ema" in content,
+        resumable="training" in content,
         info=summary(content),
     )
+    carried = from_embedded(content.get("autoencoder"), path)
+    return loaded if pixels or carried is None else loaded.decoded_by(carried)
 
 
 def autoencoder_content(model: Any, kind: str, args: dict[str, Any], **rest: Any) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class AutoencoderCheckpoint:
     codec: LatentCodec
     path: str
     sha256: str
+    kind: str = "autoencoder"
     only_digit: int | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -93,7 +94,7 @@ def schedule_of(args: dict[str, Any], path: AnyPath) -> NoiseSchedule:
         return NoiseSchedule(timesteps, *betas, args.get("beta_schedule") or "linear")
 
 
-def from_embedded(value: Any, path: AnyPath) -> AutoencoderCheckpoint | None:
+def from_embedded(value: Any, path: AnyPath | str) -> AutoencoderCheckpoint | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
@@ -109,7 +110,7 @@ def from_embedded(value: Any, path: AnyPath) -> AutoencoderCheckpoint | None:
     )
 
 
-def codec_of(weights: Any, args: dict[str, Any], statistics: Any, path: AnyPath) -> LatentCodec:
+def codec_of(weights: Any, args: dict[str, Any], statistics: Any, path: AnyPath | str) -> LatentCodec:
     with naming(path):
         try:
             kind, latent_dim = registry.detect(named(weights, "autoencoder"), args)

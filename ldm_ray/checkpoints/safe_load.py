@@ -28,7 +28,7 @@ MAX_TEXTS = 2**20  # characters of all metadata together
 
 
 @contextmanager
-def naming(path: AnyPath) -> Iterator[None]:
+def naming(path: AnyPath | str) -> Iterator[None]:
     """Puts the file in front of what is said of it: ``is …``, ``has …``, or a sentence of its own."""
     try:
         yield
@@ -39,8 +39,8 @@ def naming(path: AnyPath) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: AnyPath, whole: bool = False) -> Iterator[dict[str, Any]]:
-    """The dictionary in a file of weights, whose tensors are ``Stored`` and can be read until this closes.
+def opened(path: AnyPath, whole: bool = False) -> Iterator[tuple[dict[str, Any], Source]]:
+    """(the dictionary in a file of weights, the open file): tensors are ``Stored`` and can be read until this closes.
 
     whole: read all of them, and not only those that are sampled with. Raises CheckpointError in one line:
     missing, empty, truncated, of another kind (named), too large, holding a class that is not on the list (named).
@@ -54,7 +54,7 @@ def opened(path: AnyPath, whole: bool = False) -> Iterator[dict[str, Any]]:
         source = Source(file, size, size if whole else MAX_READ)
         content = contents(source, path)
         try:
-            yield content
+            yield content, source
         except OSError as error:
             raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
 

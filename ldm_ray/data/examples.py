@@ -8,7 +8,6 @@ and covariance. ``manifest.json`` is written last: a directory without it is nev
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.files.paths import AnyPath, folder_at_once, write_bytes
+from ldm_ray.files.records import fingerprint
 from ldm_ray.settings.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -47,11 +47,6 @@ class Examples:
 
     def take(self, rows: Tensor) -> Examples:
         return Examples(self.vectors[rows], self.labels[rows], self.index[rows], self.manifest)
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """24 hexadecimal digits that follow from what the examples are made of."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def is_complete(folder: AnyPath) -> bool:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +16,7 @@ from ldm_ray.data.images import decode_png, encode_png, grid
 from ldm_ray.dataset.formats import features, rows
 from ldm_ray.dataset.request import Request
 from ldm_ray.dataset.shards import Record, load
-from ldm_ray.files.paths import naming
-from ldm_ray.files.store import PARTIAL, Store
+from ldm_ray.files.store import Store
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"
@@ -137,7 +133,7 @@ def write_npz(store: Store, request: Request, records: Mapping[int, Record]) -> 
     """Streams ``images.npz`` out: arr_0 uint8 (N, H, W, 3) and arr_1 int64 (N,), as evaluators of ADM read it."""
     first = decode_png(next(dataset_rows(store, request, {0: records[0]})).png)
     labels = np.empty(request.count, dtype=np.int64)
-    with replaced(store, NPZ) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+    with store.replaced(NPZ) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(member("arr_0.npy"), "w", force_zip64=True) as array:
             array.write(header((request.count, *first.shape, 3), "|u1"))
             for i, row in enumerate(dataset_rows(store, request, records)):
@@ -145,27 +141,6 @@ def write_npz(store: Store, request: Request, records: Mapping[int, Record]) -> 
                 array.write(np.repeat(decode_png(row.png)[:, :, None], 3, axis=2).tobytes())
         with archive.open(member("arr_1.npy"), "w", force_zip64=True) as array:
             array.write(header(labels.shape, "<i8") + labels.tobytes())
-
-
-@contextlib.contextmanager
-def replaced(store: Store, name: str) -> Iterator[IO[bytes]]:
-    """A stream that becomes the file when all of it was written."""
-    if not store.is_local:
-        with store.fs.open_output_stream(store.path(name)) as stream:
-            yield stream
-        return
-    partial = Path(store.path(PARTIAL)) / name
-    with naming(Path(store.path(name)), partial):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(store.path(name))
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
 
 
 def member(name: str) -> zipfile.ZipInfo:

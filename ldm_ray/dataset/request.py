@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import pyarrow as pa
 
 from ldm_ray.checkpoints import checkpoint
 from ldm_ray.dataset.rows import Labels, Seeds
+from ldm_ray.files.records import fingerprint
 from ldm_ray.files.store import Store
 from ldm_ray.settings.errors import ConfigError, DataError
 from ldm_ray.settings.sampling import SamplingConfig
@@ -73,7 +73,7 @@ class Request:
     @cached_property
     def fingerprint(self) -> str:
         """24 hexadecimal digits of the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:24]
+        return fingerprint(self.identity)
 
     def manifest(self, ckpt: str, ae_ckpt: str | None, device: str) -> dict[str, Any]:
         """The manifest's content; where the checkpoints were and the device are there to find them again."""

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from ldm_ray.checkpoints.checkpoint import file_sha256
+from ldm_ray.checkpoints.choose import load
 from ldm_ray.data.images import encode_pngs
 from ldm_ray.dataset.finish import SUMS, sums
 from ldm_ray.dataset.formats import Row, rows
 from ldm_ray.dataset.request import MANIFEST, Request, read_manifest, rebuild
 from ldm_ray.dataset.shards import Record, file_of, read_record
 from ldm_ray.devices.device import pick_device
-from ldm_ray.engine.generator import Generator, fingerprint_of, load
+from ldm_ray.engine.generator import Generator, fingerprint_of
 from ldm_ray.files.paths import to_path
 from ldm_ray.files.store import Store
 from ldm_ray.settings.datasets import VerifyConfig

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint
 from ldm_ray.checkpoints.runs import examples_dir
-from ldm_ray.data.examples import fingerprint, fixed_size, is_complete, write_examples
+from ldm_ray.data.examples import fixed_size, is_complete, write_examples
 from ldm_ray.data.identity import identity_of
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import ImageSource, place
@@ -22,6 +22,7 @@ from ldm_ray.devices.device import sent, settle
 from ldm_ray.distributed.cluster import check_shared
 from ldm_ray.distributed.gpus import CPU, Share, check_gpus, check_worker
 from ldm_ray.files.paths import AnyPath
+from ldm_ray.files.records import fingerprint
 from ldm_ray.models.codec import LatentCodec
 from ldm_ray.settings.errors import DataError, LdmError
 from ldm_ray.terminal.progress import Progress

@@ -25,8 +25,9 @@ from ldm_ray.data.sources import ImageSource
 from ldm_ray.devices.device import cpu_threads
 from ldm_ray.distributed.cluster import check_shared, cores_of_each, first_line, is_local
 from ldm_ray.distributed.gpus import check_gpus, check_worker, share_of
-from ldm_ray.distributed.validation import FIGURE, recorded, reported, validation_of
+from ldm_ray.distributed.validation import FIGURE, reported, validation_of
 from ldm_ray.files.paths import AnyPath, RemotePath, look_every, write_bytes
+from ldm_ray.files.records import read_records
 from ldm_ray.settings.errors import DiskError, LdmError
 from ldm_ray.terminal.signals import on_first
 from ldm_ray.training.fit import Job, Place, fit
@@ -165,11 +166,9 @@ class Watch:
     """Prints a line for every epoch, and on a terminal a progress line in between."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.read, self.shown = job, 0, ""
+        self.job, self.shown = job, ""
         self.every = look_every(job.paths.metrics, WATCH_S)
-        self.measured = len(recorded(job.paths.quality))
-        if job.paths.metrics.exists():
-            self.read = len(job.paths.metrics.read_text().splitlines())
+        self.measured, self.read = len(read_records(job.paths.quality)), len(read_records(job.paths.metrics))
 
     def until(self, thread: threading.Thread) -> None:
         while thread.is_alive():
@@ -180,14 +179,14 @@ class Watch:
 
     def look(self) -> None:
         paths, epochs = self.job.paths, self.job.config.epochs
-        lines = paths.metrics.read_text().splitlines() if paths.metrics.exists() else []
-        self.read = min(self.read, len(lines))
-        for line in lines[self.read :]:
+        records = read_records(paths.metrics)
+        self.read = min(self.read, len(records))
+        for metrics in records[self.read :]:
             self.line("")
-            log.info("%s", epoch_line(json.loads(line), epochs))
-        self.read = len(lines)
+            log.info("%s", epoch_line(metrics, epochs))
+        self.read = len(records)
         if self.job.config.evaluate_every:
-            figures = recorded(paths.quality)
+            figures = read_records(paths.quality)
             for row in figures[self.measured :]:
                 self.line("")
                 log.info("epoch %3d  FD-LeNet %.2f, %.1f %% as asked", row["epoch"], row[FIGURE], 100 * row["accuracy"])
@@ -216,15 +215,9 @@ def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     )
 
 
-def last_metrics(file: AnyPath) -> dict[str, Any] | None:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return json.loads(lines[-1]) if lines else None
-
-
 def finished(job: Job) -> bool:
     """Whether the last epoch is recorded."""
-    last = last_metrics(job.paths.metrics)
-    return bool(last) and last["epoch"] >= job.config.epochs  # type: ignore[index]
+    return any(metrics["epoch"] >= job.config.epochs for metrics in read_records(job.paths.metrics)[-1:])
 
 
 def failure(error: BaseException, job: Job) -> BaseException:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ldm_ray.checkpoints import checkpoint, runs
@@ -69,7 +68,7 @@ def _train(config: TrainConfig, base: AnyPath, held: ExitStack) -> Outcome:
     paths, content = resumed(config, base, held)
     pixels, found = config.space == "pixel", None
     if not pixels:
-        found = autoencoder_of(config, base, content)
+        found = autoencoder_of(config, base, paths, content)
     with connected():
         if pixels:
             source, folder = pixels_of(config, base)
@@ -224,13 +223,15 @@ def resumed(config: RunConfig, base: AnyPath, held: ExitStack) -> tuple[RunPaths
     return paths, content
 
 
-def autoencoder_of(config: TrainConfig, base: AnyPath, content: dict[str, Any] | None) -> AutoencoderCheckpoint | None:
+def autoencoder_of(
+    config: TrainConfig, base: AnyPath, paths: RunPaths | None = None, content: dict[str, Any] | None = None
+) -> AutoencoderCheckpoint | None:
     """The autoencoder to use: the resumed run's own, the one given, or the newest found."""
     given = checkpoint.load_autoencoder(to_path(config.ae_ckpt).absolute()) if config.ae_ckpt else None
-    if content is not None:
-        own = checkpoint.from_embedded(content.get("autoencoder"), Path("--auto-resume"))
+    if paths is not None and content is not None:
+        own = checkpoint.from_embedded(content.get("autoencoder"), paths.latest)
         if own is None:
-            raise CheckpointError("--auto-resume: the checkpoint carries no autoencoder")
+            raise CheckpointError(f"--auto-resume: {paths.latest} carries no autoencoder")
         if given and given.sha256 != own.sha256:
             raise ConfigError(f"--auto-resume: the run has autoencoder {own.sha256}, --ae-ckpt is {given.sha256}")
         return own

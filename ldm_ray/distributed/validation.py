@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import tempfile
@@ -18,7 +17,8 @@ from ldm_ray.checkpoints import checkpoint
 from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.recorded import warn
 from ldm_ray.data.sources import ImageSource
-from ldm_ray.files.paths import AnyPath, append_line, to_path
+from ldm_ray.files.paths import to_path
+from ldm_ray.files.records import append_record, read_records
 from ldm_ray.metrics.evaluation import figures_of
 from ldm_ray.metrics.lenet import is_mnist, others_note
 from ldm_ray.settings.training import RunConfig, TrainConfig
@@ -61,13 +61,8 @@ def measure(found: Checkpoint, *, images: ray.ObjectRef, paths: RunPaths, sample
     figures = figures_of(path, torch.tensor(ray.get(images)), samples)
     content, _ = checkpoint.read(path)
     kept = {"epoch": content["epoch"]} | {name: figures[name] for name in KEPT}
-    others = [line[FIGURE] for line in recorded(paths.quality) if line["epoch"] != content["epoch"]]
+    others = [line[FIGURE] for line in read_records(paths.quality) if line["epoch"] != content["epoch"]]
     if kept[FIGURE] < min(others, default=math.inf):
         checkpoint.write(paths.best, content | {"quality": kept})
-    append_line(paths.quality, json.dumps(kept))
+    append_record(paths.quality, kept)
     return kept
-
-
-def recorded(file: AnyPath) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines; none when it is not there."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm_ray.checkpoints import runs
-from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint, load_diffusion
+from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint
+from ldm_ray.checkpoints.choose import load
 from ldm_ray.data.classes import numbered
 from ldm_ray.data.images import to_uint8
 from ldm_ray.devices.device import numerics_of, sent, settle
@@ -25,21 +23,18 @@ from ldm_ray.diffusion.schedule import NoiseSchedule
 from ldm_ray.engine.request import STILL, Course, ImageRequest, course_of
 from ldm_ray.engine.tabled import TabledDenoiser, for_sampling
 from ldm_ray.engine.tiles import PIXEL_SIZES, PIXEL_WHOLE, SIZES, WHOLE, Tiles, single_threaded, within_room
-from ldm_ray.files.paths import AnyPath, to_path
+from ldm_ray.files.paths import AnyPath
 from ldm_ray.models.codec import Codec, PixelCodec
 from ldm_ray.models.conditioning import ConditionedDenoiser
-from ldm_ray.models.registry import REGISTRY
 from ldm_ray.models.unet import UNet
 from ldm_ray.settings.errors import CheckpointError, ConfigError
 from ldm_ray.settings.sampling import SamplingConfig
 from ldm_ray.terminal.progress import Progress
-from ldm_ray.terminal.text import shown
 
 CHANNELS = 32  # of an autoencoder's widest layer, for each pixel
 ENGINE = 2  # goes up with every change to what a seed's bytes are
 DEFAULT = SamplingConfig()
 Watch = Callable[[int, int, Tensor], None]
-log = logging.getLogger(__name__)
 
 
 class Generator:
@@ -58,6 +53,7 @@ class Generator:
         self.num_classes, self.null_label = denoiser.num_classes, denoiser.null_label
         self.class_names, self.labels = numbered(denoiser.num_classes), tuple(range(denoiser.num_classes))
         self.sha256 = ""
+        self.only_digit: int | None = None
         unet = isinstance(denoiser, UNet)
         numbers = math.prod(codec.image_size) * (denoiser.hidden_dim if unet else CHANNELS)
         sizes, whole = (PIXEL_SIZES, PIXEL_WHOLE) if unet else (SIZES, WHOLE)
@@ -76,21 +72,23 @@ class Generator:
         ae_ckpt: AnyPath | None = None,
         force: bool = False,
         search: Sequence[AnyPath] = (),
-    ) -> tuple[Generator, dict[str, Any]]:
-        """(generator, the checkpoint's settings): what ``load`` reads, on a device. Raises CheckpointError."""
-        loaded = load(path, ae_ckpt, force, search)
-        return cls.of(loaded, device), loaded.info.get("args", {})
+    ) -> Generator:
+        """What ``load`` reads, on a device. Raises CheckpointError."""
+        return cls.of(load(path, ae_ckpt, force, search), device)
 
     @classmethod
     def of(cls, loaded: DiffusionCheckpoint, device: torch.device | str = "cpu") -> Generator:
         """From a checkpoint that was read with its autoencoder."""
         assert loaded.codec is not None
-        made = cls(loaded.denoiser, loaded.codec, loaded.schedule, device, loaded.prediction_type)
-        made.sha256, made.class_names, made.labels = loaded.sha256, loaded.class_names, loaded.labels
-        return made
+        generator = cls(loaded.denoiser, loaded.codec, loaded.schedule, device, loaded.prediction_type)
+        generator.sha256, generator.class_names, generator.labels = loaded.sha256, loaded.class_names, loaded.labels
+        generator.only_digit = loaded.only_digit
+        return generator
 
     def in_turn(self, count: int, only: int | None = None) -> list[int]:
-        """Labels of so many images: the classes that it was trained on in turn, or ``only`` that one."""
+        """Labels of so many images: one class alone where it is named or the model was trained on one, else each of
+        which there were images in turn."""
+        only = self.only_digit if only is None else only
         return [self.labels[i % len(self.labels)] if only is None else only for i in range(count)]
 
     @property
@@ -269,28 +267,6 @@ def bf16_bits() -> str:
     return hashlib.sha256(product.view(torch.int16).numpy().tobytes()).hexdigest()
 
 
-def load(
-    path: AnyPath, ae_ckpt: AnyPath | None = None, force: bool = False, search: Sequence[AnyPath] = ()
-) -> DiffusionCheckpoint:
-    """Reads a denoiser checkpoint with an autoencoder.
-
-    Where the file carries none and none is given, it is taken from the folders of ``search`` by its recorded type.
-    Raises CheckpointError, also when there is none.
-    """
-    loaded = load_diffusion(path, ae_ckpt, force)
-    if loaded.codec is None:
-        args = loaded.info.get("args", {})
-        found = recorded_autoencoder(args, search)
-        if found is None:
-            raise CheckpointError(
-                f"checkpoint {path} carries no autoencoder: name the {shown(args.get('ae_model') or 'autoencoder')} "
-                f"checkpoint it was trained with by --ae-ckpt (it was {shown(args.get('ae_ckpt') or 'not recorded')})"
-            )
-        log.info("autoencoder: %s, found by its recorded type; --ae-ckpt names another", found)
-        loaded = load_diffusion(path, found, force)
-    return loaded
-
-
 def all_finite(rows: Tensor) -> Tensor:
     """(n, …) → (n,) bool."""
     return torch.isfinite(rows).flatten(1).all(dim=1)
@@ -301,22 +277,3 @@ def filled(rows: Tensor, size: int) -> Tensor:
     if len(rows) == size:
         return rows
     return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
-
-
-def recorded_autoencoder(args: dict[str, Any], search: Sequence[AnyPath]) -> AnyPath | None:
-    """The autoencoder that a checkpoint without one names, by its type; of several the one whose file has the names
-    that were recorded, else the newest. The recorded path is a stranger's and never followed."""
-    kind = str(args.get("ae_model") or "").removeprefix("ae-")
-    for folder in search:
-        if kind in REGISTRY and is_folder(folder):
-            found = runs.find_autoencoder(folder, args.get("ae_only_digit"), [kind], args.get("ae_ckpt"))
-            if found is not None:
-                return to_path(found.path)
-    return None
-
-
-def is_folder(path: AnyPath) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False

@@ -219,26 +219,43 @@ def write_bytes(path: AnyPath, data: bytes | memoryview, durable: bool = False) 
     if isinstance(path, RemotePath):
         path.write_bytes(bytes(data))
         return
-    with replaced(path) as stream:
+    with replaced(path, durable) as stream:
         stream.write(data)
-        if durable:
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A stream that becomes the file on a disk when all of it was written. OSError names the file."""
-    partial = path.with_name(f".{path.name}.partial-{unique()}")
+def replaced(path: Path, durable: bool = False, partial: Path | None = None) -> Iterator[IO[bytes]]:
+    """A stream that becomes the file on a disk when all of it was written. OSError names the file.
+
+    durable: the bytes are on the disk before the name is, and the name is at the end. partial: the file until then,
+    on the same disk.
+    """
+    partial = partial or path.with_name(f".{path.name}.partial-{unique()}")
     with naming(path, partial):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in path.parent, partial.parent:
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as stream:
                 yield stream
+                if durable:
+                    stream.flush()
+                    os.fsync(stream.fileno())
             partial.replace(path)
+            if durable:
+                sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in it are on the disk, where the disk can say so."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

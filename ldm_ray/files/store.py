@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import uuid
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 from pyarrow import fs
 
-from ldm_ray.files.paths import local_path
+from ldm_ray.files.paths import local_path, replaced, unique
 from ldm_ray.settings.errors import ConfigError, DataError
 
 PARTIAL = ".partial"
@@ -44,42 +44,29 @@ class Store:
         durable: on a local disk, the bytes are on it before the name is.
         """
         try:
-            if self.is_local:
-                self._write_local(Path(self.path(name)), data, durable)
-            elif self.fs.type_name.startswith(PUT):
-                self._put(self.path(name), data)
+            if self.is_local or self.fs.type_name.startswith(PUT):
+                with self.replaced(name, durable) as stream:
+                    stream.write(data)
             else:
-                partial = f"{PARTIAL}/{uuid.uuid4().hex}"
+                partial = f"{PARTIAL}/{unique()}"
                 for needed in (partial, name):
                     self.fs.create_dir(self.path(needed).rpartition("/")[0], recursive=True)
-                self._put(self.path(partial), data)
+                with self.replaced(partial) as stream:
+                    stream.write(data)
                 self.fs.move(self.path(partial), self.path(name))
         except OSError as error:
             raise DataError(f"{self}/{name} cannot be written: {first_line(error)}") from None
 
-    def _put(self, path: str, data: bytes) -> None:
-        with self.fs.open_output_stream(path) as stream:
-            stream.write(data)
-
-    def _write_local(self, path: Path, data: bytes, durable: bool) -> None:
-        partial = Path(self.path(PARTIAL)) / uuid.uuid4().hex
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as stream:
-                stream.write(data)
-                if durable:
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        if durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+    @contextlib.contextmanager
+    def replaced(self, name: str, durable: bool = True) -> Iterator[IO[bytes]]:
+        """A stream that becomes the file when all of it was written: on a disk, and in a store that ``PUT`` names."""
+        if not self.is_local:
+            with self.fs.open_output_stream(self.path(name)) as stream:
+                yield stream
+            return
+        partial = Path(self.path(PARTIAL)) / unique()
+        with replaced(Path(self.path(name)), durable, partial) as stream:
+            yield stream
 
     def read(self, name: str) -> bytes:
         """A whole file. FileNotFoundError, or another OSError."""

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ldm_ray.checkpoints import runs
 from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint, DiffusionCheckpoint, load_autoencoder, load_diffusion
+from ldm_ray.checkpoints.choose import completed
 from ldm_ray.data.classes import listing, numbered
 from ldm_ray.data.recorded import load_own
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.data.statistics import LatentStatistics
 from ldm_ray.devices.device import pick_device
-from ldm_ray.engine.generator import Generator, load
+from ldm_ray.engine.generator import Generator
 from ldm_ray.files.paths import AnyPath, cache_dir, outdir, to_path
 from ldm_ray.metrics.floors import encode
 from ldm_ray.models.codec import LatentCodec
@@ -65,8 +66,9 @@ def gather(config: TsneConfig) -> Clouds:
     """Reads, encodes and makes all of it. LdmError on what does not go together."""
     device, base = pick_device(config.device), outdir(config.outdir)
     paths = [to_path(path) for path in config.ae_ckpt or ()]
-    denoiser = denoiser_of(config, paths, base)
-    autoencoders = [load_autoencoder(path) for path in paths] or [default_autoencoder(denoiser, base)]
+    named = [load_autoencoder(path) for path in paths]
+    denoiser = denoiser_of(to_path(config.ckpt), named, base) if config.ckpt else None
+    autoencoders = named or [default_autoencoder(denoiser, base)]
     first = denoiser or autoencoders[0]
     (_, source), notes = load_own(first.info, first.path, config.dataset, cache_dir(config.cache_dir))
     for each in autoencoders:
@@ -101,13 +103,10 @@ def same_classes(sampled: Sequence[str], real: Sequence[str]) -> bool:
     return tuple(sampled) == tuple(real) if named else len(real) <= len(sampled)
 
 
-def denoiser_of(config: TsneConfig, autoencoders: list[AnyPath], base: AnyPath) -> DiffusionCheckpoint | None:
-    """The denoiser with an autoencoder: its own, else the first given, else one that is found."""
-    if config.ckpt is None:
-        return None
-    path = to_path(config.ckpt)
-    carried = load_diffusion(path).codec is not None
-    return load(path, None if carried or not autoencoders else autoencoders[0], search=[path.parent, base])
+def denoiser_of(path: AnyPath, named: list[AutoencoderCheckpoint], base: AnyPath) -> DiffusionCheckpoint:
+    """The denoiser with an autoencoder: its own, else the first named, else one that is found."""
+    loaded = load_diffusion(path)
+    return loaded.joined(named[0]) if loaded.codec is None and named else completed(loaded, [path.parent, base])
 
 
 def default_autoencoder(denoiser: DiffusionCheckpoint | None, base: AnyPath) -> AutoencoderCheckpoint:
@@ -133,9 +132,9 @@ def made_by(
     """(images, their raw latents (N, D), None where pixels are diffused) of every class in turn."""
     if config.seed + count - 1 > MAX_SEED:
         raise ConfigError(f"--seed {config.seed} with {count} images goes beyond the last seed, {MAX_SEED}")
-    generator, only = Generator.of(denoiser, device), denoiser.info.get("args", {}).get("only_digit")
+    generator = Generator.of(denoiser, device)
     seeds = range(config.seed, config.seed + count)
-    labels = generator.in_turn(count, only)
+    labels = generator.in_turn(count)
     whitened = generator.latents(seeds, labels, config.sampling)
     shown = Shown(
         images=generator.decode(whitened), labels=torch.tensor(labels), numbers=torch.tensor(seeds, dtype=torch.int64)

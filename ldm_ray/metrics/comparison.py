@@ -20,8 +20,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_ray.checkpoints.checkpoint import DiffusionCheckpoint, embed
+from ldm_ray.checkpoints.choose import load
 from ldm_ray.diffusion.samplers import denoiser_rows, plan_of
-from ldm_ray.engine.generator import Generator, load
+from ldm_ray.engine.generator import Generator
 from ldm_ray.files.paths import AnyPath
 from ldm_ray.models.unet import UNet
 from ldm_ray.settings.sampling import SamplingConfig
@@ -37,7 +38,7 @@ def facts(loaded: DiffusionCheckpoint, sampling: SamplingConfig) -> dict[str, An
     """What follows from a checkpoint alone. Operations are those of matrices and convolutions, a multiplication and
     an addition being two."""
     generator = Generator.of(loaded)
-    args = loaded.info.get("args", {})
+    args = loaded.args
     plan = plan_of(loaded.schedule, sampling, loaded.prediction_type)
     passes = denoiser_rows(plan, sampling.guidance_scale)
     dim = generator.codec.latent_dim

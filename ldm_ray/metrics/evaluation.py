@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ldm_ray.checkpoints.runs import floors_file
-from ldm_ray.data.examples import fingerprint
 from ldm_ray.data.recorded import warn
 from ldm_ray.data.sources import ImageSource
 from ldm_ray.engine.generator import DEFAULT, Generator
 from ldm_ray.files.paths import AnyPath, outdir, write_bytes
+from ldm_ray.files.records import fingerprint
 from ldm_ray.metrics.floors import autoencoder_hash, floors
 from ldm_ray.metrics.lenet import NUM_CLASSES, SHA256, Classifiers, is_mnist, others_note
 from ldm_ray.metrics.quality import Reference, quality
@@ -71,9 +71,8 @@ def evaluate(
 def figures_of(ckpt: AnyPath, test: Tensor, samples: int) -> dict[str, Any]:
     """``quality`` of a checkpoint's images by the default sampler against test (N, 1, 28, 28) uint8, on the CPU:
     what can be asked for often. Image i has the seed i and each class in turn."""
-    generator, args = Generator.open(ckpt, torch.device("cpu"))
-    digit = args.get("only_digit")
-    labels = generator.in_turn(samples, digit)
+    generator = Generator.open(ckpt)
+    labels = generator.in_turn(samples)
     images = make(generator, range(samples), labels, DEFAULT, f"measuring {ckpt}")
     return quality(images, torch.tensor(labels), Reference.of(test), memorisation=False)
 

@@ -8,15 +8,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ldm_ray.data.images import grid
+from ldm_ray.data.images import enlarged, grid
 
 SCALE, GAP, HEAD = 2, 16, 22  # enlargement, pixels between panels, room for a panel's name
 
 
 def side_by_side(panels: Sequence[tuple[str, Tensor, int]]) -> np.ndarray:
     """(H', W', 3) uint8 of panels: a name, images (N, 1, H, W) uint8, the number of their columns."""
-    double = np.ones((SCALE, SCALE), np.uint8)
-    grids = [(name, np.kron(grid(images, columns), double)) for name, images, columns in panels]
+    grids = [(name, enlarged(grid(images, columns), SCALE)) for name, images, columns in panels]
     width = sum(panel.shape[1] for _, panel in grids) + GAP * (len(grids) - 1)
     canvas = np.full((HEAD + max(panel.shape[0] for _, panel in grids), width, 3), 24, dtype=np.uint8)
     places, left = [], 0

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ldm_ray.data.images import enlarged
 from ldm_ray.metrics.floors import FLOOR_A, FLOOR_C
 from ldm_ray.metrics.lenet import NUM_CLASSES
 from ldm_ray.metrics.neighbours import nearest
@@ -110,16 +110,11 @@ def picture(images: Tensor, labels: Tensor, reference: Reference) -> np.ndarray:
         top = GAP + row * (side + GAP)
         for column, (sample, neighbour) in enumerate(zip(chosen.tolist(), neighbours.tolist(), strict=True)):
             left = MARGIN + column * (2 * side + GAP)
-            canvas[top : top + side, left : left + side] = enlarged(images[sample, 0])
-            beside = enlarged(reference.train[neighbour, 0]).astype(int) * TINT // 255
+            canvas[top : top + side, left : left + side] = enlarged(images[sample, 0].cpu().numpy(), SCALE)[..., None]
+            beside = enlarged(reference.train[neighbour, 0].cpu().numpy(), SCALE)[..., None].astype(int) * TINT // 255
             canvas[top : top + side, left + side : left + 2 * side] = beside
     drawn = Image.fromarray(canvas)
     pen = ImageDraw.Draw(drawn)
     for row, (name, _) in enumerate(rows):
         pen.text((8, GAP + row * (side + GAP) + side // 2 - 5), name, fill=(220, 220, 220))
     return np.asarray(drawn)
-
-
-def enlarged(image: Tensor) -> np.ndarray:
-    """(H, W) uint8 → (H', W', 1) uint8, each pixel a square."""
-    return torch.kron(image.cpu(), torch.ones(SCALE, SCALE, dtype=torch.uint8)).numpy()[..., None]

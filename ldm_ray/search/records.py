@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm_ray.files.paths import write_bytes
+from ldm_ray.files.records import read_records, write_records
 from ldm_ray.settings.diffusion import canonical
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.training import TrainConfig
@@ -81,7 +81,7 @@ class Records:
     @classmethod
     def read(cls, file: Path) -> Records:
         """Of a file that an earlier search left; trials that were running then are interrupted."""
-        trials = [Trial(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+        trials = [Trial(**record) for record in read_records(file)]
         for trial in trials:
             trial.status = "interrupted" if trial.status == "running" else trial.status
         return cls(file, trials)
@@ -124,8 +124,7 @@ class Records:
             self.write()
 
     def write(self) -> None:
-        lines = [json.dumps(dataclasses.asdict(trial), allow_nan=False) + "\n" for trial in self.trials]
-        write_bytes(self.file, "".join(lines).encode())
+        write_records(self.file, map(dataclasses.asdict, self.trials), finite=True)
 
     def ranked(self) -> list[Trial]:
         """The best first; failed trials and those without an epoch left out."""

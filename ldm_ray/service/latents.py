@@ -43,7 +43,7 @@ async def latent_map(service: Service, model: str | None, n: int, seed: int) -> 
     A point (x, y) of the plane is the latent ``origin + x·axes[0] + y·axes[1]``.
     """
     served = await service.library.get(model)
-    labels = service.labels(served, served.generator.in_turn(n, served.only_digit))
+    labels = service.labels(served, served.generator.in_turn(n))
     order = Order(range(seed, seed + n), labels, settled(served.generator.plan), served=served)
     with service.taken(order):
         job = await service.run(order)

@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 from ldm_ray.checkpoints import runs
+from ldm_ray.checkpoints.choose import load
 from ldm_ray.devices.device import pick_device
-from ldm_ray.engine.generator import Generator, load
+from ldm_ray.engine.generator import Generator
 from ldm_ray.engine.jobs import Job, Outcome
 from ldm_ray.engine.request import ImageRequest
 from ldm_ray.engine.schema import MAX_IMAGES, MAX_SCALE, cut
@@ -42,7 +43,7 @@ class Served:
             loaded = load(path, ae_ckpt, search=search)
             self.generator = Generator.of(loaded, pick_device(settings.device))
         check_size(path, self.generator.codec.image_size)
-        self.only_digit: int | None = loaded.info.get("args", {}).get("only_digit")
+        self.only_digit: int | None = loaded.only_digit
         figures = {key: loaded.info.get(key) for key in ("epoch", "train_loss", "val_loss")}
         self.quality = {key: figure for key, figure in figures.items() if figure is not None}
         self.created = int(path.stat().st_mtime)

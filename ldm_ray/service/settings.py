@@ -75,19 +75,15 @@ class Settings(BaseModel):
     def resolved(self) -> "Settings":
         """With absolute paths and the token of the environment, for replicas that run elsewhere. Mistake: no
         checkpoint."""
-        from ldm_ray.checkpoints import runs
+        from ldm_ray.checkpoints.choose import named_or_newest
 
         try:
             base = outdir(self.outdir)
-            ckpt = to_path(self.ckpt).absolute() if self.ckpt else runs.newest_diffusion(base)
-            there = ckpt is not None and ckpt.is_file()
-        except LdmError as error:  # an object store that does not answer
+            ckpt = named_or_newest(self.ckpt, base, " by ckpt=PATH").absolute()
+            exists = ckpt.is_file()
+        except LdmError as error:  # there is none, or an object store does not answer
             raise Mistake(str(error)) from None
-        if ckpt is None:
-            raise Mistake(
-                f"no checkpoint under {base}: name one by ckpt=PATH, or make one with python -m ldm_ray.train"
-            )
-        if not there:
+        if not exists:
             raise Mistake(f"ckpt={ckpt} is not a file")
         return self.model_copy(
             update={
@@ -113,7 +109,7 @@ def check(ckpt: str, ae_ckpt: str | None, outdir: str) -> None:
     try:
         path = to_path(ckpt)
         search = [path.parent, to_path(outdir)]
-        made = Generator.open(path, "cpu", to_path(ae_ckpt) if ae_ckpt else None, search=search)[0]
+        made = Generator.open(path, "cpu", to_path(ae_ckpt) if ae_ckpt else None, search=search)
         check_size(path, made.codec.image_size)
     except (ConfigError, ValueError) as error:
         raise Mistake(str(error)) from None

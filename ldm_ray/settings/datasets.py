@@ -8,16 +8,14 @@ from ldm_ray.settings.gpu_share import accelerator_option, gpus_option
 from ldm_ray.settings.limits import MAX_SEED
 from ldm_ray.settings.options import Config, option
 from ldm_ray.settings.sampling import SamplingConfig
-from ldm_ray.settings.shared import device_option
+from ldm_ray.settings.shared import ModelConfig, device_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingConfig):
+class GenerateConfig(ModelConfig, SamplingConfig):
     """``python -m ldm_ray.generate``"""
 
     ckpt: str | None = option(None, "denoiser checkpoint [the newest under $SCRATCH, else ./outputs]")
-    ae_ckpt: str | None = option(None, "autoencoder checkpoint [the one inside; for existing files, the one found]")
-    force: bool = option(False, "take an --ae-ckpt other than the one trained with")
     seeds: str = option("0-9999", "an image each: numbers and ranges, such as 0-999999,5,7")
     labels: str = option(
         "balanced",

@@ -10,15 +10,13 @@ from ldm_ray.settings.limits import MAX_GUIDANCE, MAX_SEED
 from ldm_ray.settings.lists import listed, seeds_in
 from ldm_ray.settings.options import Config, option
 from ldm_ray.settings.sampling import GUIDANCE_SCALE, SamplerConfig, SamplingConfig
-from ldm_ray.settings.shared import CACHE_HELP, DATASET_HELP, device_option
+from ldm_ray.settings.shared import CACHE_HELP, DATASET_HELP, ModelConfig, device_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SamplerConfig):
+class EvaluateConfig(ModelConfig, SamplerConfig):
     """``python -m ldm_ray.evaluate``"""
 
-    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]")
-    ae_ckpt: str | None = option(None, "autoencoder checkpoint [the one inside; for existing files, the one found]")
     dataset: str | None = option(None, f"real images to compare with [those it was trained on]: {DATASET_HELP}")
     cache_dir: str | None = option(None, CACHE_HELP)
     outdir: str | None = option(
@@ -33,7 +31,6 @@ class EvaluateConfig(SamplerConfig):
     device: str | None = device_option()
     baselines: bool = option(True, "also measure Gaussian mixtures fitted to the latents (about a minute)")
     ddpm_floor: bool = option(False, "also measure DDPM with every timestep of the same weights (slow)")
-    force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
     def __post_init__(self) -> None:
         super().__post_init__()

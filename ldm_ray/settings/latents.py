@@ -8,7 +8,7 @@ from ldm_ray.settings.limits import MAX_SEED
 from ldm_ray.settings.lists import seeds_in
 from ldm_ray.settings.options import option
 from ldm_ray.settings.sampling import SamplingConfig
-from ldm_ray.settings.shared import CACHE_HELP, DATASET_HELP, device_option
+from ldm_ray.settings.shared import CACHE_HELP, DATASET_HELP, ModelConfig, device_option
 
 SHEETS = ("interpolate", "traverse", "plane")
 
@@ -16,7 +16,7 @@ METHODS = ("linear", "spherical")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExploreConfig(SamplingConfig):
+class ExploreConfig(ModelConfig, SamplingConfig):
     """``python -m ldm_ray.explore``"""
 
     sheet: str = option(
@@ -25,9 +25,6 @@ class ExploreConfig(SamplingConfig):
         "plane: the plane that tells the digits apart",
         choices=SHEETS,
     )
-    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]")
-    ae_ckpt: str | None = option(None, "autoencoder checkpoint [the one inside; for existing files, the one found]")
-    outdir: str | None = option(None, "where to look for checkpoints [$SCRATCH, else ./outputs]")
     output: str = option("explore.png", "the picture to write")
     seeds: str = option("42", "image seeds, with commas between, and ranges such as 0-4")
     digits: str | None = option(
@@ -40,7 +37,6 @@ class ExploreConfig(SamplingConfig):
     span: float = option(3.0, "traverse: from minus to plus so many standard deviations", above=0, high=100)
     rows: int = option(32, "traverse: numbers of the latent, at most", low=1, high=1024)
     device: str | None = device_option()
-    force: bool = option(False, "take an --ae-ckpt other than the one trained with")
 
     def __post_init__(self) -> None:
         super().__post_init__()

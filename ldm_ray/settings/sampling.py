@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.settings.limits import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
 from ldm_ray.settings.options import Config, option
-from ldm_ray.settings.shared import device_option
+from ldm_ray.settings.shared import ModelConfig, device_option
 
 DEFAULT_STEPS = {"dpmpp_2m_sde": 10, "unipc": 9, "dpmpp_2m": 8, "ddim": 20, "ddpm": 0}  # 0: every timestep
 DEFAULT_STEPS_TEXT = "; ".join(f"{sampler}: {steps or 'T'}" for sampler, steps in DEFAULT_STEPS.items())
@@ -73,12 +73,9 @@ class SamplingConfig(SamplerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferConfig(SamplingConfig):
+class InferConfig(ModelConfig, SamplingConfig):
     """``python -m ldm_ray.infer``"""
 
-    ckpt: str | None = option(None, "denoiser checkpoint [the newest under the output directory]")
-    ae_ckpt: str | None = option(None, "autoencoder checkpoint [the one inside; for existing files, the one found]")
-    outdir: str | None = option(None, "where to look for checkpoints [$SCRATCH, else ./outputs]")
     num_images: int = option(64, "how many", low=1, high=100_000)
     output: str = option("generated.png", "the picture to write")
     digit: str | None = option(None, "one class alone, by number or name [each in turn]")
@@ -86,4 +83,3 @@ class InferConfig(SamplingConfig):
     device: str | None = device_option()
     show_process: bool = option(False, "also write the denoising, as a strip and as a GIF")
     process_steps: int = option(10, "pictures in the strip, one a step at most", low=2, high=MAX_STEPS)
-    force: bool = option(False, "take an --ae-ckpt other than the one trained with")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from ldm_ray.settings.options import option
+from ldm_ray.settings.options import Config, option
 
 DEVICES = ("cuda", "mps", "cpu")
 DATASET_HELP = (
@@ -17,3 +18,13 @@ CACHE_HELP = "where the hub's files are kept [$SLURM_TMPDIR, else ./hf_cache]"
 def device_option(default: str = "the best there is", **rules: Any) -> Any:
     """A field with the type of device. default: what is taken where none is named, in words."""
     return option(None, f"cuda, mps or cpu [{default}]", choices=DEVICES, **rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """Which checkpoint a command works with: see ``checkpoints.choose``."""
+
+    ckpt: str | None = option(None, "denoiser checkpoint [the newest under $SCRATCH, else ./outputs, or --outdir]")
+    ae_ckpt: str | None = option(None, "autoencoder checkpoint [the one inside; for existing files, the one found]")
+    outdir: str | None = option(None, "where to look for checkpoints [$SCRATCH, else ./outputs]")
+    force: bool = option(False, "take an --ae-ckpt other than the one trained with")

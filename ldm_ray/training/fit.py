@@ -17,7 +17,8 @@ from torch import nn
 from ldm_ray.checkpoints import checkpoint
 from ldm_ray.checkpoints.runs import RunPaths
 from ldm_ray.data.examples import read_examples, split
-from ldm_ray.files.paths import AnyPath, Mirror, append_line, look_every, write_bytes
+from ldm_ray.files.paths import AnyPath, Mirror, look_every, write_bytes
+from ldm_ray.files.records import append_record, read_records, write_records
 from ldm_ray.settings.training import RunConfig
 from ldm_ray.training.fitter import Fitter
 from ldm_ray.training.tasks import Task, build_task
@@ -183,9 +184,8 @@ class Recorder:
         self.mirror = Mirror(paths.runs)
         self.board = Board(self.mirror.local, fitter.epoch + 1)
         self.next, self.started, self.first_step = 0.0, time.perf_counter(), fitter.global_step
-        lines = paths.metrics.read_text().splitlines() if paths.metrics.exists() else []
-        kept = [line for line in lines if line.strip() and json.loads(line)["epoch"] <= fitter.epoch]
-        write_bytes(paths.metrics, "".join(line + "\n" for line in kept).encode())
+        epochs = read_records(paths.metrics)
+        write_records(paths.metrics, (epoch for epoch in epochs if epoch["epoch"] <= fitter.epoch))
 
     def progress(self, step: int) -> None:
         """Writes how far training is, twice a second at most, into an object store more rarely."""
@@ -206,7 +206,7 @@ class Recorder:
         write_bytes(self.paths.progress, json.dumps(state).encode())
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        append_line(self.paths.metrics, json.dumps(metrics | {"time": time.time()}))
+        append_record(self.paths.metrics, metrics | {"time": time.time()})
         self.board.add(metrics["epoch"], {key: value for key, value in metrics.items() if key != "epoch"})
         self.mirror.send()
 

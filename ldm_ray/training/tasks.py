@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,6 +163,7 @@ def build_task(
     if config.space == "pixel":
         height, width = record.get("image_size", registry.IMAGE_SIZE)
         return DenoiserTask(config, PixelCodec((height, width)), None, record, device)
-    encoder = from_embedded(autoencoder, Path("the autoencoder of this run"))
+    assert autoencoder is not None
+    encoder = from_embedded(autoencoder, str(autoencoder.get("path")))
     assert encoder is not None
     return DenoiserTask(config, encoder.codec, encoder, record, device)

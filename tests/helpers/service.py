@@ -124,7 +124,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, ae_file: Path) -> Iterator[
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
         )
-    running = Server(port, runs[2], Generator.open(runs[2])[0], config, log)
+    running = Server(port, runs[2], Generator.open(runs[2]), config, log)
     try:
         for _ in range(240):
             assert process.poll() is None, log.read_text()[-3000:]

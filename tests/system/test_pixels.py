@@ -61,7 +61,7 @@ def test_a_dataset_of_generated_images(trained: Path, tmp_path: Path) -> None:
     flags = ["--ckpt", path, "--seeds", "0-19", "--outdir", tmp_path / "out", "--shard-size", 10, "--save-latents"]
     run("generate", *flags, "--device", "cpu")
     rows = pq.read_table(sorted((tmp_path / "out").rglob("*.parquet"))[0])
-    generator = Generator.open(path)[0]
+    generator = Generator.open(path)
     latents = np.stack(rows["latent"].to_numpy(zero_copy_only=False))
     assert latents.shape == (10, 784)
     wanted = generator(range(10), [i % 10 for i in range(10)])

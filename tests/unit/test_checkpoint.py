@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm_ray.checkpoints import checkpoint
+from ldm_ray.checkpoints.choose import load
 from ldm_ray.data.images import decode_png, to_float
 from ldm_ray.data.sources import load_source
 from ldm_ray.data.statistics import LatentStatistics
@@ -83,10 +84,8 @@ def test_existing_denoiser_makes_the_digits_it_is_asked_for(shared: Shared) -> N
     loaded = checkpoint.load_diffusion(shared.checkpoints / "latent-diffusion.pt")
     assert loaded.autoencoder is None and loaded.schedule == NoiseSchedule(1000, 1e-4, 2e-2)
     assert loaded.denoiser.hidden_dim == 256 and not loaded.denoiser.training
-    generator, args = Generator.open(
-        shared.checkpoints / "latent-diffusion.pt", ae_ckpt=shared.checkpoints / "ae-mlp.pt"
-    )
-    assert args["ae_model"] == "ae-mlp"
+    generator = Generator.open(shared.checkpoints / "latent-diffusion.pt", ae_ckpt=shared.checkpoints / "ae-mlp.pt")
+    assert loaded.args["ae_model"] == "ae-mlp"
     assert isinstance(generator.codec, LatentCodec)
     assert torch.equal(generator.codec.colouring, torch.eye(16))  # existing denoisers work on raw latents
     images = generator([1, 2, 3, 4], [0, 1, 0, 1])
@@ -106,7 +105,7 @@ def test_the_wrong_autoencoder_for_an_existing_denoiser_is_refused(shared: Share
 
 
 def test_the_autoencoder_of_an_existing_denoiser_is_found(shared: Shared) -> None:
-    generator, _ = Generator.open(shared.checkpoints / "latent-diffusion.pt", search=[shared.checkpoints])
+    generator = Generator.open(shared.checkpoints / "latent-diffusion.pt", search=[shared.checkpoints])
     assert generator.codec.kind == "mlp"
 
 
@@ -183,6 +182,32 @@ def test_own_autoencoder_round_trip(tmp_path: Path) -> None:
     assert loaded.sha256 == checkpoint.file_sha256(tmp_path / "a.pt")
 
 
+def test_a_checkpoint_is_opened_once(
+    diffusion_file: Path, ae_file: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    as_before = Path.open
+
+    def noting(self: Path, *args: Any, **rest: Any) -> Any:
+        opened.append(self)
+        return as_before(self, *args, **rest)
+
+    monkeypatch.setattr(Path, "open", noting)
+    for file in diffusion_file, ae_file:
+        loaded = checkpoint.load(file)
+        assert opened == [file] and loaded.kind in ("latent_diffusion", "autoencoder")
+        opened.clear()
+    own = load(shared.checkpoints / "latent-diffusion.pt", shared.checkpoints / "ae-mlp.pt")
+    assert [path.name for path in opened] == ["latent-diffusion.pt", "ae-mlp.pt"] and own.codec is not None
+
+
+def test_the_hash_is_of_the_bytes_that_were_read(diffusion_file: Path, ae_file: Path) -> None:
+    before = checkpoint.file_sha256(diffusion_file)
+    with checkpoint.opened(diffusion_file) as file:
+        checkpoint.write(diffusion_file, checkpoint.read(ae_file)[0])  # as a training does
+        assert file.source.sha256() == before != checkpoint.file_sha256(diffusion_file)
+
+
 def test_own_denoiser_carries_everything(diffusion_file: Path, ae_file: Path) -> None:
     loaded = checkpoint.load_diffusion(diffusion_file)
     content = torch.load(diffusion_file, weights_only=True)  # plain torch, nothing allowed
@@ -253,7 +278,7 @@ def test_a_write_that_fails_leaves_the_old_file(ae_file: Path, tmp_path: Path) -
 
 
 def test_generated_images_do_not_depend_on_their_batch(diffusion_file: Path) -> None:
-    generator, _ = Generator.open(diffusion_file)
+    generator = Generator.open(diffusion_file)
     together = generator([5, 6, 7, 6], [1, None, 3, 4])
     assert together[1].numpy().tobytes() == generator([6], [None])[0].numpy().tobytes()
     assert together[[2, 0]].numpy().tobytes() == generator([7, 5], [3, 1]).numpy().tobytes()

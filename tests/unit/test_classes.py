@@ -249,7 +249,7 @@ def test_inspect_shows_names_and_size(garments: Path, capsys: pytest.CaptureFixt
 def test_infer_takes_a_name_and_makes_the_size(garments: Path, tmp_path: Path) -> None:
     flags = ["--ckpt", str(garments), "--output", str(tmp_path / "a.png"), "--num-images", "1", "--seed", "3"]
     assert infer.main([*flags, "--digit", "ankle boot"]) == 0
-    wanted = Generator.open(garments)[0]([3], [2])
+    wanted = Generator.open(garments)([3], [2])
     assert wanted.shape == (1, 1, 20, 24)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), wanted[0, 0].numpy())
     with pytest.raises(ConfigError, match="'hat' is no class of the model; its classes are T - shirt / top, Trouser"):

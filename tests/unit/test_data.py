@@ -22,6 +22,7 @@ from ldm_ray.data import examples, images
 from ldm_ray.data.digits import digits_table
 from ldm_ray.data.sources import load_source
 from ldm_ray.data.statistics import LatentStatistics
+from ldm_ray.files.records import fingerprint
 from ldm_ray.settings.errors import DataError
 from tests.helpers.data import Shared
 
@@ -264,7 +265,7 @@ def test_examples_survive_and_plain_parquet_reads_them(tmp_path: Path) -> None:
     examples.write_examples(tmp_path / "x", table, "latent", {"split": "train"})
     back = examples.read_examples(tmp_path / "x")
     assert np.array_equal(back.vectors, vectors) and back.index.tolist() == list(range(0, 300, 3))
-    assert back.manifest["fingerprint"] == examples.fingerprint({"split": "train"})
+    assert back.manifest["fingerprint"] == fingerprint({"split": "train"})
     torch.testing.assert_close(back.statistics.covariance, LatentStatistics.of(torch.from_numpy(vectors)).covariance)
     plain = pq.read_table(tmp_path / "x" / "part-00000.parquet")
     assert plain.schema.field("latent").type == pa.list_(pa.float32(), 4) and b"ldm_ray" in plain.schema.metadata

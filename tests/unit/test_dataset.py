@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 
 from ldm_ray import generate
+from ldm_ray.checkpoints.choose import load
 from ldm_ray.data.images import decode_png, encode_png
 from ldm_ray.data.sources import load_source
 from ldm_ray.dataset.request import MANIFEST, write_manifest
 from ldm_ray.dataset.shards import Job, ShardMaker, committed
-from ldm_ray.engine.generator import Generator, fingerprint_of, load
+from ldm_ray.engine.generator import Generator, fingerprint_of
 from ldm_ray.files.store import Store
 from ldm_ray.settings.datasets import GenerateConfig
 from ldm_ray.settings.errors import ConfigError, DataError, LdmError
@@ -76,7 +77,7 @@ def parquet(ckpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wanted(ckpt: Path) -> np.ndarray:
     """(129, 28, 28): what the generator itself makes, all in one batch."""
     seeds = [*range(5, 101), 3, 3, *range(200, 231)]
-    return Generator.open(ckpt)[0](seeds, [i % 10 for i in range(129)])[:, 0].numpy()
+    return Generator.open(ckpt)(seeds, [i % 10 for i in range(129)])[:, 0].numpy()
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -303,7 +304,7 @@ def test_requests_are_answered_and_errors_kept_apart(
     assert "8 of 11 requests refused" in capsys.readouterr().out
     answers = {line["custom_id"]: line["response"]["body"]["data"] for line in map(json.loads, output.open())}
     assert list(answers) == ["a", "b", "c"] and answers["b"][0]["b64_json"] == answers["a"][1]["b64_json"]
-    generator = Generator.open(ckpt)[0]
+    generator = Generator.open(ckpt)
     for name, sampling in {"a": SamplingConfig(), "c": SamplingConfig(sampler="ddim", guidance_scale=2.0)}.items():
         made = generator([each["seed"] for each in answers[name]], [each["label"] for each in answers[name]], sampling)
         for each, image in zip(answers[name], made, strict=True):

@@ -103,7 +103,7 @@ def test_floors_are_those_of_this_autoencoder(metrics: dict[str, Any], ae_file: 
 
 def test_samples_are_those_of_the_generator(metrics: dict[str, Any], ckpt: Path, digits_folder: Path) -> None:
     """Image i of sampling seed s has seed s·samples + i and label i mod 10."""
-    generator, _ = Generator.open(ckpt)
+    generator = Generator.open(ckpt)
     made = generator([5 * 40 + i for i in range(40)], [i % 10 for i in range(40)], SamplingConfig(guidance_scale=2.5))
     images, _ = load_source(str(digits_folder), "test", digits_folder).decode()
     features = Classifiers.shipped().features
@@ -113,7 +113,7 @@ def test_samples_are_those_of_the_generator(metrics: dict[str, Any], ckpt: Path,
 
 def test_picture_shows_samples_beside_training_images(evaluated: tuple[Path, str, str], ckpt: Path) -> None:
     picture = np.asarray(Image.open(evaluated[0] / "made" / "samples.png"))
-    generator, _ = Generator.open(ckpt)
+    generator = Generator.open(ckpt)
     first = generator([3 * 40], [0])[0, 0].numpy()
     assert picture.shape[2] == 3
     np.testing.assert_array_equal(picture[6:62:2, 56:112:2, 0], first)  # twice as large, right of the row's name

@@ -58,7 +58,7 @@ def test_a_run_cut_short_at_any_write_records_every_epoch_once(
 
     class Cut(Exception): ...
 
-    home, name = (checkpoint, "write") if writer == "checkpoint" else (module, "append_line")
+    home, name = (checkpoint, "write") if writer == "checkpoint" else (module, "append_record")
     original, left = getattr(home, name), iter([False] * number + [True])
 
     def cut(*arguments: object) -> None:

@@ -24,8 +24,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from ldm_ray.checkpoints import checkpoint, runs
+from ldm_ray.checkpoints.choose import load
 from ldm_ray.data.images import encode_png
-from ldm_ray.engine.generator import load
 from ldm_ray.models import registry
 from ldm_ray.models.denoiser import Denoiser
 from ldm_ray.settings.errors import CheckpointError

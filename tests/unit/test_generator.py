@@ -311,7 +311,7 @@ def test_prediction_types_are_read_from_the_checkpoint(ae_file: Path, tmp_path: 
     made = {}
     for kind in ("epsilon", "v_prediction", "sample"):
         checkpoint.write(path, content | {"prediction_type": kind})
-        made[kind] = Generator.open(path)[0].latents([1], [1])
+        made[kind] = Generator.open(path).latents([1], [1])
         assert bool(torch.isfinite(made[kind]).all())
     assert len({tuple(value.flatten().tolist()) for value in made.values()}) == 3
     checkpoint.write(path, content | {"prediction_type": "score"})

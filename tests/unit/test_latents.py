@@ -113,7 +113,7 @@ def test_interpolation_sheet_is_decoded_paths(ckpt: Path, tmp_path: Path, capsys
     flags += ["--seeds", "5", "--digits", "3,eight,1", "--columns", "4", "--num-inference-steps", "3"]
     assert explore.main(flags) == 0
     assert "3, seed 5 to 8, seed 5" in capsys.readouterr().out
-    generator, _ = Generator.open(ckpt)
+    generator = Generator.open(ckpt)
     ends = generator.latents([5, 5, 5], [3, 8, 1], SamplingConfig(num_inference_steps=3))
     rows = torch.cat([interpolate(ends[0], ends[1], 4), interpolate(ends[1], ends[2], 4)])
     np.testing.assert_array_equal(without_words(tmp_path / "a.png"), grid(generator.decode(rows), 4))
@@ -123,7 +123,7 @@ def test_interpolation_sheet_is_decoded_paths(ckpt: Path, tmp_path: Path, capsys
 def test_traversal_and_plane_sheets(ckpt: Path, tmp_path: Path) -> None:
     flags = ["--ckpt", str(ckpt), "--output", str(tmp_path / "a.png"), "--device", "cpu", "--columns", "5"]
     assert explore.main([*flags, "--sheet", "traverse", "--digits", "none", "--rows", "3", "--span", "2"]) == 0
-    generator, _ = Generator.open(ckpt)
+    generator = Generator.open(ckpt)
     start = generator.latents([42], [None])[0]
     wanted = traverse(start, range(3), torch.linspace(-2, 2, 5)).flatten(0, 1)
     np.testing.assert_array_equal(without_words(tmp_path / "a.png"), grid(generator.decode(wanted), 5))
@@ -251,7 +251,7 @@ def test_generated_latents_are_the_samplers_own(digits_folder: Path, ckpt: Path,
     from ldm_ray.latents.cloud import gather
     from ldm_ray.metrics.floors import encode
 
-    generator, _ = Generator.open(ckpt)
+    generator = Generator.open(ckpt)
     assert isinstance(generator.codec, LatentCodec)
     wanted = generator.codec.colour(generator.latents([3, 4, 5, 6], [0, 1, 2, 3]))
     settings: dict[str, Any] = {"ckpt": str(ckpt), "dataset": str(digits_folder), "device": "cpu"}

@@ -47,7 +47,7 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generator(ckpt: Path) -> Generator:
-    return Generator.open(ckpt)[0]
+    return Generator.open(ckpt)
 
 
 # --- network and pixels ---
@@ -104,7 +104,7 @@ def test_the_denoising_is_shown_whole_where_several_tiles_make_it(
     assert infer.main(["--ckpt", str(ckpt), "--output", str(tmp_path / "a.png"), "--show-process", *flags]) == 0
     strip = np.asarray(Image.open(tmp_path / "a_process.png"))
     assert strip.shape == (8 * 30 + 2, 3 * 30 + 2)
-    wanted = Generator.open(ckpt)[0](range(42, 50), range(8), FEW)[:, 0].numpy()
+    wanted = Generator.open(ckpt)(range(42, 50), range(8), FEW)[:, 0].numpy()
     for i, image in enumerate(wanted):  # the last x0 is the image
         np.testing.assert_array_equal(strip[2 + 30 * i : 30 + 30 * i, 62:90], image)
 

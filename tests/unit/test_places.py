@@ -7,10 +7,11 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ldm_ray.files import paths
+from ldm_ray.files import paths, records
 from ldm_ray.settings.errors import ConfigError
 from ldm_ray.terminal.cli import refused
 from tests.helpers.checkpoints import write_small_checkpoint
@@ -208,3 +209,21 @@ def test_words_of_a_refusal() -> None:
     assert refused(OSError(18, "Invalid cross-device link", "a", None, "b")) == "a to b: Invalid cross-device link"
     assert refused(FileExistsError(17, "File exists", "a")) == "a: it is there and is no folder"
     assert refused(OSError("odd")) == "odd" and refused(TimeoutError()) == "TimeoutError"
+
+
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "rows.jsonl"
+    rows: list[dict[str, Any]] = [{"epoch": 1, "loss": 0.1}, {"epoch": 2, "name": "ä"}]
+    assert records.read_records(file) == []
+    records.write_records(file, rows)
+    records.append_record(file, {"epoch": 3})
+    assert records.read_records(file) == [*rows, {"epoch": 3}] and len(file.read_text().splitlines()) == 3
+    with pytest.raises(ValueError):
+        records.write_records(file, [{"loss": float("nan")}], finite=True)
+    assert len(records.read_records(file)) == 3 and os.listdir(file.parent) == ["rows.jsonl"]
+
+
+def test_a_fingerprint_follows_from_the_values_alone() -> None:
+    assert records.fingerprint({"a": 1, "b": [2]}) == records.fingerprint({"b": [2], "a": 1})
+    assert records.fingerprint({}) == "44136fa355b3678a1146ad16"  # as folders of earlier versions are named
+    assert records.fingerprint({}, 12) == "44136fa355b3"

@@ -147,7 +147,7 @@ def test_compare_lays_a_model_of_one_digit_out_as_others(ae_file: Path, tmp_path
     config, cpu = CompareConfig(num_inference_steps=2), torch.device("cpu")
     panels = [compare.images_of(checkpoint.load_diffusion(path), cpu, config) for path in paths]
     assert [(len(images), columns) for images, columns in panels] == [(80, 10), (80, 10)]
-    wanted = Generator.open(paths[1])[0](range(80), [7] * 80, config.sampling)
+    wanted = Generator.open(paths[1])(range(80), [7] * 80, config.sampling)
     assert torch.equal(panels[1][0], wanted)
     picture = side_by_side([(str(i), *panel) for i, panel in enumerate(panels)])
     assert picture.shape == (22 + 2 * 242, 2 * 604 + 16, 3)  # 8 rows of 10 in either, twice as large

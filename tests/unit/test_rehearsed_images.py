@@ -16,7 +16,7 @@ from PIL import Image as Picture
 
 import ldm_ray
 from ldm_ray.checkpoints import checkpoint
-from ldm_ray.data.examples import fingerprint, fixed_size
+from ldm_ray.data.examples import fixed_size
 from ldm_ray.data.identity import record_of
 from ldm_ray.data.images import encode_png
 from ldm_ray.data.sources import ImageSource, load_source
@@ -29,6 +29,7 @@ from ldm_ray.distributed.gpus import Share
 from ldm_ray.engine.board import Board
 from ldm_ray.engine.generator import Generator, fingerprint_of
 from ldm_ray.engine.slots import Slots
+from ldm_ray.files.records import fingerprint
 from ldm_ray.metrics.floors import floors
 from ldm_ray.metrics.lenet import Classifiers
 from ldm_ray.metrics.quality import Reference, quality

@@ -249,3 +249,15 @@ def test_the_line_has_the_shell_s_own_python_where_that_is_this_one(
         monkeypatch.setenv("PATH", "/nowhere" if folder == tmp_path else str(folder))
         monkeypatch.chdir(tmp_path)
         assert cli.runnable("python -m ldm_ray.infer") == f"{at} -m ldm_ray.infer"
+
+
+@pytest.mark.parametrize("command", ["infer", "evaluate", "explore", "generate", "compare", "inspect"])
+def test_without_a_checkpoint_every_command_says_the_same(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "none"))
+    flag, by = " --space latent" if command == "compare" else "", "" if command == "inspect" else " by --ckpt"
+    wanted = f"no checkpoint{flag and ' of' + flag} under {tmp_path / 'none'}: name one{by}, or make one with "
+    assert f"{wanted}python -m ldm_ray.train{flag}" in refusal(command)
+    assert not os.listdir(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import IO, Any
@@ -63,6 +64,14 @@ class Source:
             if not count:
                 raise CheckpointError("ends before what it announces")
             filled += count
+
+    def sha256(self) -> str:
+        """Of the whole file, as it was opened, whatever its name stands for by now."""
+        digest = hashlib.sha256()
+        self.file.seek(0)
+        while chunk := self.file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -202,10 +202,10 @@ def test_models(server: Server) -> None:
     assert told["autoencoder"] == "mlp" and told["latent_size"] == 16 and told["classes"] == 10 and told["default"]
     assert told["sha256"] == hashlib.sha256(server.ckpt.read_bytes()).hexdigest()
     assert told["defaults"]["num_inference_steps"]["ddpm"] == 1000
-    other = Generator.open(server.ckpt.parents[1] / "latent-diffusion-other" / "latest.pt")[0]
+    other = Generator.open(server.ckpt.parents[1] / "latent-diffusion-other" / "latest.pt")
     made = server.images(model="latent-diffusion-other", seed=1, prompt="1")
     np.testing.assert_array_equal(made, other([1], [1])[:, 0].numpy())
-    pixels = Generator.open(server.ckpt.parents[1] / "pixel-diffusion-small" / "latest.pt")[0]
+    pixels = Generator.open(server.ckpt.parents[1] / "pixel-diffusion-small" / "latest.pt")
     made = server.images(model="pixel-diffusion-small", seed=1, n=3, prompt="1", num_inference_steps=3)
     wanted = pixels([1, 2, 3], [1] * 3, SamplingConfig(num_inference_steps=3))
     np.testing.assert_array_equal(made, wanted[:, 0].numpy())

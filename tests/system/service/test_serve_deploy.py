@@ -41,7 +41,7 @@ def test_serve_deploy_changes_the_checkpoint_with_rays_token(server: Server, tmp
         sent = deploy(other, RAY_AUTH_MODE="token")
         assert sent.returncode == 0, sent.stderr[-2000:]
         serving("latent-diffusion-other")
-        wanted = Generator.open(other)[0]([1], [1])[:, 0].numpy()
+        wanted = Generator.open(other)([1], [1])[:, 0].numpy()
         np.testing.assert_array_equal(server.images(seed=1, prompt="1"), wanted)
     finally:
         deploy(server.ckpt, RAY_AUTH_MODE="token")
