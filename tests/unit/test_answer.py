@@ -9,14 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from ldm_ray.distributed import answer
-from ldm_ray.distributed.cluster import connected
+from ldm_ray.distributed.cluster import joined
 from ldm_ray.settings.errors import ConfigError
 from tests.helpers.ports import free_port
 
 
 def refusal(address: str, patch: pytest.MonkeyPatch) -> str:
     patch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(ConfigError) as error, connected():
+    with pytest.raises(ConfigError) as error, joined(address):
         raise AssertionError("there is no cluster to join")
     text = str(error.value)
     assert f"RAY_ADDRESS={address}" in text and "unset RAY_ADDRESS" in text and "\n" not in text
