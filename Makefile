@@ -17,7 +17,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  ARGS='...' goes to train, to check and test (pytest), and to lock; PYTHON=... picks setup's interpreter,"
-	@echo "  LDM_RAY_CUDA=cu126 torch for NVIDIA's drivers before 580."
+	@echo "  LDM_RAY_CUDA=… torch for NVIDIA's drivers before 580 (docs/running.md)."
 
 setup: $(STAMP) ## create .venv and install the locked packages and the project
 

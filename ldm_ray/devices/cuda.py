@@ -48,7 +48,7 @@ def reason(version: str, cuda: str | None, driver: tuple[int, ...] | None, visib
             "one, start the container with --gpus all, or use --device cpu"
         )
     if driver < needed:
-        older = "; or torch for CUDA 12, by LDM_RAY_CUDA=cu126" if driver >= DRIVERS[12] else ""
+        older = "; or torch for CUDA 12, by LDM_RAY_CUDA (deploy/install.sh)" if driver >= DRIVERS[12] else ""
         return (
             f"NVIDIA driver {dotted(driver)} is too old, torch {version} of CUDA {cuda} needs {dotted(needed)} or "
             f"newer; take a newer driver{older} (docs/running.md)"

@@ -133,7 +133,7 @@ def test_the_lock_is_of_the_cuda_that_torch_has() -> None:
     head = (INSTALL).read_text(encoding="utf-8")
     older, newer = (cuda.driver_needed(version)[0] for version in ("12", torch.version.cuda))
     assert f"is {torch.version.cuda} and needs NVIDIA's driver {newer} or newer" in " ".join(head.split("\n# "))
-    assert f"cu126 for drivers from {older} on" in head
+    assert f"cu126 (drivers from {older} on)" in head
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
@@ -202,6 +202,7 @@ def installed(folder: Path, lock: str, **settings: str) -> tuple[int, list[str]]
     stub.write_text(
         f'#!/bin/sh\nif [ "$1" = -c ]; then echo {folder}; exit; fi\n'
         f'for word; do echo "$word"; [ "$before" = -r ] && cat "$word"; before=$word; done >{folder}/called\n'
+        f'echo "$PIP_EXTRA_INDEX_URL" >>{folder}/called\n'
     )
     stub.chmod(0o755)
     (folder / "lock").write_text(lock)
@@ -219,9 +220,9 @@ LOCK += "    # via torch\ntorchvision==0.29.1\ntriton==3.8.0 ; python_full_versi
 def test_one_variable_takes_torch_of_another_cuda(tmp_path: Path) -> None:
     code, words = installed(tmp_path, LOCK)
     assert code == 0 and words[:2] == ["-m", "pip"] and not set(LOCK.splitlines()) - set(words)
-    assert "--extra-index-url" not in words
-    code, words = installed(tmp_path, LOCK, LDM_RAY_CUDA="cu126")
-    assert code == 0 and words[-2:] == ["--extra-index-url", "https://download.pytorch.org/whl/cu126"]
+    address = "https://packages.example/whl/cu126"
+    code, words = installed(tmp_path, LOCK, LDM_RAY_CUDA=address)
+    assert code == 0 and words[-1] == address
     assert {"numpy==2.4.6", "torch==2.14.1+cu126", "torchvision==0.29.1+cu126"} <= set(words)
     assert not any(word.startswith(("nvidia-", "cuda-", "triton")) for word in words)
 
@@ -230,11 +231,12 @@ def test_what_an_image_has_is_not_installed_again(tmp_path: Path) -> None:
     assert installed(tmp_path, LOCK)[1]
     assert installed(tmp_path, LOCK) == (0, [])
     assert installed(tmp_path, LOCK + "six==1.17.0\n")[1]
-    assert installed(tmp_path, LOCK, LDM_RAY_CUDA="cpu")[1]
+    assert installed(tmp_path, LOCK, LDM_RAY_CUDA="https://packages.example/whl/cpu")[1]
 
 
 def test_a_cuda_that_is_none_is_refused(tmp_path: Path) -> None:
-    assert installed(tmp_path, LOCK, LDM_RAY_CUDA="12.6") == (2, [])
+    for wrong in ("12.6", "cu126", "https://packages.example/whl"):
+        assert installed(tmp_path, LOCK, LDM_RAY_CUDA=wrong) == (2, [])
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
