@@ -3,7 +3,7 @@
 # which is what a node needs.
 #
 # LDM_RAY_CUDA is the address of PyTorch's packages for another CUDA than the lock's own, which is 13.0 and needs NVIDIA's
-# driver 580 or newer. PyTorch's page on installing shows it after --index-url; it ends in cu126 (drivers from 525 on) or
+# driver 580 or newer. PyTorch's page on installing shows it; it ends in cu126 (drivers from 525 on) or
 # the like, or in cpu for machines without a GPU. What is installed already is not looked at again.
 set -eu
 python=${1:-python}

@@ -34,40 +34,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     from ldm_ray.checkpoints.choose import named_or_newest
 
-    found = describe(named_or_newest(given.checkpoint, outdir(None), by=""))
+    facts = describe(named_or_newest(given.checkpoint, outdir(None), by=""))
     if given.json:
-        print(json.dumps(found, indent=1, default=str))
+        print(json.dumps(facts, indent=1, default=str))
     else:
-        show(found if given.all else main_lines(found))
+        show(facts if given.all else main_lines(facts))
     return 0
 
 
-def main_lines(found: dict[str, Any]) -> dict[str, Any]:
+def main_lines(facts: dict[str, Any]) -> dict[str, Any]:
     """Of what ``describe`` gives, at most 12 lines for a reader."""
-    schedule, inside, data = (found.get(key) or {} for key in ("schedule", "autoencoder", "data"))
-    pixels = found["kind"] == "pixel_diffusion"
+    schedule, inside, data = (facts.get(key) or {} for key in ("schedule", "autoencoder", "data"))
+    pixels = facts["kind"] == "pixel_diffusion"
     sizes = {
         "latent_dim": "{} pixels" if pixels else "latent of {}",
         "hidden_dim": "{} wide",
         "num_blocks": "{} blocks",
     }
     losses = {"train_loss": "train loss {:.4f}", "val_loss": "validation loss {:.4f}"}
-    state = {"state": "{}"} if found.get("state") else {"epoch": "epoch {}"}
+    state = {"state": "{}"} if facts.get("state") else {"epoch": "epoch {}"}
     lines = {
-        "file": found["file"],
-        "kind": found["kind"] + (f", type {found['type']}" if "type" in found else ""),
-        "sha256": found["sha256"],
-        "run": found.get("exp_name"),
-        "network": ", ".join([f"{found['parameters']:,} parameters", *phrases(found, sizes)]),
-        "classes": found.get("class_names"),
+        "file": facts["file"],
+        "kind": facts["kind"] + (f", type {facts['type']}" if "type" in facts else ""),
+        "sha256": facts["sha256"],
+        "run": facts.get("exp_name"),
+        "network": ", ".join([f"{facts['parameters']:,} parameters", *phrases(facts, sizes)]),
+        "classes": facts.get("class_names"),
         "schedule": schedule and f"{schedule['beta_schedule']}, T {schedule['num_train_timesteps']}",
         "autoencoder": inside and ", ".join(phrases(inside, {"type": "{}", "path": "{}"})),
         "images": ", ".join(
-            phrases({**inside, **found}, {"image_size": "{}", "only_digit": "digit {} alone"})
+            phrases({**inside, **facts}, {"image_size": "{}", "only_digit": "digit {} alone"})
             + phrases(data, {"dataset": "of {}"})
         ),
-        "trained": ", ".join(phrases(found, {**state, **losses, "train_seconds": "{:,.0f} s"})),
-        "quality": ", ".join(f"{name} {value}" for name, value in (found.get("quality") or {}).items()),
+        "trained": ", ".join(phrases(facts, {**state, **losses, "train_seconds": "{:,.0f} s"})),
+        "quality": ", ".join(f"{name} {value}" for name, value in (facts.get("quality") or {}).items()),
         "more": "--all: every setting",
     }
     return {name: text for name, text in lines.items() if text}
@@ -75,14 +75,14 @@ def main_lines(found: dict[str, Any]) -> dict[str, Any]:
 
 def phrases(values: dict[str, Any], forms: dict[str, str]) -> list[str]:
     """Those of the values that are there, each in its form; as they are where they do not fit it."""
-    told = []
+    words = []
     for key, form in forms.items():
         if values.get(key) is not None:
             try:
-                told.append(form.format(values[key]))
+                words.append(form.format(values[key]))
             except (TypeError, ValueError):  # a file may say anything
-                told.append(str(values[key]))
-    return told
+                words.append(str(values[key]))
+    return words
 
 
 def describe(path: AnyPath) -> dict[str, Any]:
@@ -90,14 +90,14 @@ def describe(path: AnyPath) -> dict[str, Any]:
     from ldm_ray.checkpoints.checkpoint import AutoencoderCheckpoint, load
 
     loaded = load(path)
-    found: dict[str, Any] = {"file": loaded.path, "kind": loaded.kind, "sha256": loaded.sha256}
+    facts: dict[str, Any] = {"file": loaded.path, "kind": loaded.kind, "sha256": loaded.sha256}
     if isinstance(loaded, AutoencoderCheckpoint):
-        found |= {"type": loaded.codec.kind, "latent_dim": loaded.codec.latent_dim}
-        found |= {"parameters": sum(p.numel() for p in loaded.codec.model.parameters())}
-        found |= {"image_size": loaded.codec.image_size, "only_digit": loaded.only_digit}
-        return found | settings_once(loaded.info)
+        facts |= {"type": loaded.codec.kind, "latent_dim": loaded.codec.latent_dim}
+        facts |= {"parameters": sum(p.numel() for p in loaded.codec.model.parameters())}
+        facts |= {"image_size": loaded.codec.image_size, "only_digit": loaded.only_digit}
+        return facts | settings_once(loaded.info)
     denoiser, carried = loaded.denoiser, loaded.autoencoder
-    found |= {
+    facts |= {
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "latent_dim": denoiser.latent_dim,
         "hidden_dim": denoiser.hidden_dim,
@@ -109,15 +109,15 @@ def describe(path: AnyPath) -> dict[str, Any]:
     }
     if loaded.kind == "pixel_diffusion":
         assert loaded.codec is not None
-        return found | {"image_size": loaded.codec.image_size} | settings_once(loaded.info)
-    found["num_blocks"] = denoiser.num_blocks
+        return facts | {"image_size": loaded.codec.image_size} | settings_once(loaded.info)
+    facts["num_blocks"] = denoiser.num_blocks
     if carried:
         size = {"image_size": carried.codec.image_size}
-        found["autoencoder"] = {"type": carried.codec.kind} | size | {"path": carried.path, "sha256": carried.sha256}
+        facts["autoencoder"] = {"type": carried.codec.kind} | size | {"path": carried.path, "sha256": carried.sha256}
     else:
         args = loaded.args
-        found["autoencoder"] = {"type": args.get("ae_model"), "path": args.get("ae_ckpt"), "carried": False}
-    return found | settings_once(loaded.info)
+        facts["autoencoder"] = {"type": args.get("ae_model"), "path": args.get("ae_ckpt"), "carried": False}
+    return facts | settings_once(loaded.info)
 
 
 def settings_once(info: dict[str, Any]) -> dict[str, Any]:

@@ -62,9 +62,9 @@ def run(config: SearchConfig, base: Path, paths: SearchPaths, given: list[str]) 
     from ldm_ray.distributed.cluster import connected
 
     train = config.train_config(auto_resume=config.resume)  # of an autoencoder that a stop has left unfinished
-    found = pipeline.autoencoder_of(train, base)
+    autoencoder = pipeline.autoencoder_of(train, base)
     with connected():
-        latents = pipeline.latents_of(train, base, found)
+        latents = pipeline.latents_of(train, base, autoencoder)
         if isinstance(latents, pipeline.Outcome):
             print(go_on)
             return latents.code

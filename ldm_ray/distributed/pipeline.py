@@ -66,22 +66,22 @@ def train(config: TrainConfig) -> Outcome:
 
 def _train(config: TrainConfig, base: AnyPath, held: ExitStack) -> Outcome:
     paths, content = resumed(config, base, held)
-    pixels, found = config.space == "pixel", None
+    pixels, autoencoder = config.space == "pixel", None
     if not pixels:
-        found = autoencoder_of(config, base, paths, content)
+        autoencoder = autoencoder_of(config, base, paths, content)
     with connected():
         if pixels:
             source, folder = pixels_of(config, base)
         else:
-            latents = latents_of(config, base, found)
+            latents = latents_of(config, base, autoencoder)
             if isinstance(latents, Outcome):
                 return latents
             source, folder = latents.source, latents.folder
             # A resumed run keeps the statistics it began with
-            found = latents.whitened if content is None and config.whiten else latents.autoencoder
+            autoencoder = latents.whitened if content is None and config.whiten else latents.autoencoder
         cache = cache_dir(config.cache_dir)
         test = load_source(source.name, "test", cache, config.only_digit) if config.evaluate_every else None
-        return _fit(config, source, folder, base, held, paths, content, found, test)
+        return _fit(config, source, folder, base, held, paths, content, autoencoder, test)
 
 
 def pixels_of(config: TrainConfig, base: AnyPath) -> tuple[ImageSource, AnyPath]:
@@ -107,14 +107,14 @@ class Latents:
         return dataclasses.replace(self.autoencoder, codec=codec)
 
 
-def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint | None) -> Latents | Outcome:
+def latents_of(config: TrainConfig, base: AnyPath, autoencoder: AutoencoderCheckpoint | None) -> Latents | Outcome:
     """The images as latents of the autoencoder found, within ``connected()``.
 
     Without one, trains it first; when a signal stops that, its outcome.
     """
     share = share_of(config)
     source = load_source(config.dataset, "train", cache_dir(config.cache_dir), config.only_digit)
-    if found is None:
+    if autoencoder is None:
         kind = "conv" if share and not any(side % 2 for side in source.image_size) else "mlp"
         log.info("no finished autoencoder found: training one first (%s)", kind)
         shared = (
@@ -128,20 +128,22 @@ def latents_of(config: TrainConfig, base: AnyPath, found: AutoencoderCheckpoint 
             outcome = _fit_autoencoder(first, source, base, held, before, goes_on=True)
         if outcome.code:
             return outcome
-        found = checkpoint.load_autoencoder(outcome.paths.latest)
-    log.info("autoencoder: %s (type %s, %d numbers)", found.path, found.codec.kind, found.codec.latent_dim)
-    if source.image_size != found.codec.image_size:
+        autoencoder = checkpoint.load_autoencoder(outcome.paths.latest)
+    log.info(
+        "autoencoder: %s (type %s, %d numbers)", autoencoder.path, autoencoder.codec.kind, autoencoder.codec.latent_dim
+    )
+    if source.image_size != autoencoder.codec.image_size:
         raise ConfigError(
-            f"images are {source.image_size}, the autoencoder {found.path} takes {found.codec.image_size}: name "
-            "another by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
+            f"images are {source.image_size}, the autoencoder {autoencoder.path} takes {autoencoder.codec.image_size}: "
+            "name another by --ae-ckpt, or make one with python -m ldm_ray.train_autoencoder"
         )
-    trained_on = found.info.get("data", {}).get("revision")
+    trained_on = autoencoder.info.get("data", {}).get("revision")
     if trained_on not in (None, source.revision):
         log.warning(
             "WARNING: the autoencoder was trained on other images than %s; --ae-ckpt names another", source.name
         )
-    folder = encode(source, found, base, config.encode_workers, share)
-    return Latents(source, folder, found)
+    folder = encode(source, autoencoder, base, config.encode_workers, share)
+    return Latents(source, folder, autoencoder)
 
 
 def _fit_autoencoder(

@@ -79,8 +79,8 @@ class Bodies:
                 raise
             if hasattr(task, "uncancel"):
                 task.uncancel()
-            told = f"the body did not come within {self.seconds:g} s: send it at once, or a smaller one"
-            raise ApiError(408, told, code="body_timeout", headers={"Connection": "close"}) from None
+            reason = f"the body did not come within {self.seconds:g} s: send it at once, or a smaller one"
+            raise ApiError(408, reason, code="body_timeout", headers={"Connection": "close"}) from None
         finally:
             timer.cancel()
             self.awaited.pop(task, None)
@@ -114,8 +114,8 @@ def empty() -> ApiError:
 
 
 def compressed(coding: str) -> ApiError:
-    told = f"the body is compressed ({coding[:20]}): send the JSON as it is, without Content-Encoding"
-    return ApiError(415, told, "Content-Encoding")
+    message = f"the body is compressed ({coding[:20]}): send the JSON as it is, without Content-Encoding"
+    return ApiError(415, message, "Content-Encoding")
 
 
 def said(kind: str) -> str:

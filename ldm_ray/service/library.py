@@ -160,13 +160,13 @@ class Library:
         try:
             return await asyncio.wait_for(asyncio.shield(task), self.settings.deadline_s)
         except asyncio.TimeoutError:
-            told = f"model {cut(name, 100)!r} is still being loaded; try again"
-            raise ApiError(503, told, "model", headers={"Retry-After": "5"}) from None
+            message = f"model {cut(name, 100)!r} is still being loaded; try again"
+            raise ApiError(503, message, "model", headers={"Retry-After": "5"}) from None
         except asyncio.CancelledError:
             raise
         except Exception:
-            told = f"model {cut(name, 100)!r} does not load; the server's log has the reason"
-            raise ApiError(503, told, "model") from None
+            message = f"model {cut(name, 100)!r} does not load; the server's log has the reason"
+            raise ApiError(503, message, "model") from None
 
     def _loaded_or_not(self, name: str, task: asyncio.Task[Served]) -> None:
         del self._loading[name]
@@ -229,5 +229,5 @@ def stamp_or_none(path: AnyPath) -> tuple[int, int] | None:
 
 def stamp_of(path: AnyPath) -> tuple[int, int]:
     """Changes when a file is replaced."""
-    told = path.stat()
-    return told.st_mtime_ns, told.st_size
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
